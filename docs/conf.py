@@ -1,0 +1,87 @@
+"""What shapes the site, see https://www.sphinx-doc.org."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "Matrix-free second-order optimization"
+author = "The cgn-tutorial authors"
+project_copyright = f"2026, {author}"
+version = release = metadata.version("cgn-tutorial")
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "gallery",
+    "mathml",
+]
+exclude_patterns = ["_build", "auto_examples/*.ipynb", "sg_execution_times.rst"]
+default_role = "literal"
+nitpicky = True
+html_math_renderer = "mathml"
+
+# Where other projects document the names in our signatures, in inventories of our own: no network.
+intersphinx_mapping = {
+    "matplotlib": ("https://matplotlib.org/stable", "inventories/matplotlib.inv"),
+    "python": ("https://docs.python.org/3", "inventories/python.inv"),
+    "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.inv"),
+}
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Source", "notes_style")]
+
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre"
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "filename_pattern": r"plot_",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("figures",),
+    "capture_repr": (),
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "min_reported_time": float("inf"),
+    "show_signature": False,
+    "remove_config_comments": True,
+    "doc_module": ("cgn_tutorial",),
+    "backreferences_dir": "api/backreferences",
+    "reference_url": {"cgn_tutorial": None},
+    "inspect_global_variables": False,
+}
+
+html_context = {"default_mode": "auto"}
+html_theme = "pydata_sphinx_theme"
+html_title = project
+html_static_path = ["_static"]
+html_extra_path = ["../src/cgn_tutorial/cgn.py"]
+html_css_files = ["site.css"]
+html_baseurl = os.environ.get("SITE_URL", "")
+html_copy_source = False
+html_show_sourcelink = False
+html_show_search_summary = (
+    False  # summaries are fetched, which browsers refuse from the file system
+)
+html_theme_options = {
+    "show_prev_next": True,
+    "navbar_align": "left",
+    "navigation_with_keys": False,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "secondary_sidebar_items": ["page-toc"],
+}

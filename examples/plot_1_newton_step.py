@@ -1,0 +1,760 @@
+r"""
+From a quadratic model to a matrix-free step
+============================================
+
+Gradient descent knows which way is down, not how far. Newton's method also looks at how the slope
+changes, the *curvature*, and steps straight to where a quadratic model of the loss has its minimum:
+
+.. math::
+
+    (C + \lambda I)\, v = -g, \qquad x \leftarrow x + \gamma v .
+
+This page builds that formula up from one dimension: what the gradient :math:`g`, the curvature
+:math:`C`, the damping :math:`\lambda` and the step size :math:`\gamma` do, which matrices serve as
+:math:`C` for a neural network, and how to use a matrix too large to store.
+"""
+
+# %%
+# The local quadratic model
+# -------------------------
+#
+# Close to a point :math:`x`, a smooth loss :math:`L` looks like a parabola in the step :math:`v`,
+# with the same value, slope and curvature:
+#
+# .. math::
+#
+#     q(v) = L(x) + g v + \tfrac{1}{2} C v^2, \qquad g = L'(x), \quad C = L''(x) .
+#
+# Its slope :math:`g + C v` vanishes at :math:`v = -g / C`: the **Newton step**. There is no minus
+# sign left for the update: :math:`v` already points downhill, as long as :math:`C > 0`. Automatic
+# differentiation gives both derivatives.
+
+import torch
+from torch.func import grad
+
+
+def loss(x):
+    return 1 - torch.exp(-(x**2) / 2)
+
+
+def newton_step(x, lam=0.0):
+    g, C = grad(loss)(x), grad(grad(loss))(x)
+    return -g / (C + lam)
+
+
+# %%
+# Where does the step land from three different points? Each panel shows the loss, the parabola
+# that touches it at the start (circle), and the step.
+
+import matplotlib.pyplot as plt
+
+from cgn_tutorial.plotting import COLORS, describe
+
+
+def draw_step(ax, x, gamma=1.0, lam=0.0):
+    v = torch.linspace(-4, 4, 200)
+    g, C = grad(loss)(x), grad(grad(loss))(x) + lam
+    end = x + gamma * newton_step(x, lam)
+    ax.plot(v, loss(v), color="black")
+    ax.plot(x + v, loss(x) + g * v + C * v**2 / 2, "--", c=COLORS["blue"])
+    ax.plot([x, end], [loss(x), loss(end)], ":", c=COLORS["orange"])
+    ax.plot(x, loss(x), "o", c=COLORS["orange"])
+    ax.plot(end, loss(end), "X", c=COLORS["orange"], ms=9)
+    ax.set(xlabel="x", xlim=(-3, 3), ylim=(-0.25, 1.25))
+
+
+# %%
+
+good, far, lying = torch.tensor([0.4, 0.8, 1.5])
+fig, axes = plt.subplots(1, 3, figsize=(7, 3), sharey=True)
+for ax, start in zip(axes, (good, far, lying), strict=True):
+    draw_step(ax, start)
+    ax.set_title(f"from x = {start:.1f}")
+_ = axes[0].set_ylabel("loss")
+_ = describe(
+    fig,
+    "Three panels of the same bell-shaped valley. From 0.4 the Newton step"
+    " lands near the minimum, from 0.8 it overshoots to the other side, and"
+    " from 1.5 it climbs away from the minimum.",
+)
+
+# %%
+# From 0.4, the parabola is a good model, and one step lands near the minimum. From 0.8, it is too
+# flat: the step **overshoots** and the loss is higher than before. From 1.5, the curvature is
+# negative, and the model **lies**: its only stationary point is a maximum, and the step climbs to
+# it.
+
+for start in (good, far, lying):
+    end = start + newton_step(start)
+    before, after = loss(start), loss(end)
+    print(f"{start:.1f} -> {end:5.2f}: loss {before:.2f} -> {after:.2f}")
+
+assert abs(good + newton_step(good)) < 0.1
+assert loss(far + newton_step(far)) > loss(far)
+assert grad(grad(loss))(lying) < 0
+assert lying + newton_step(lying) > lying  # away from the minimum at 0
+
+# %%
+# Step size and damping
+# ---------------------
+#
+# There are two remedies. The **step size** :math:`\gamma` goes only part of the way,
+# :math:`x + \gamma v`. The **damping** :math:`\lambda` adds :math:`\tfrac{1}{2} \lambda v^2` to
+# the model, a price on long steps: the curvature becomes :math:`C + \lambda`. Does either help
+# where the full step failed?
+
+fig, axes = plt.subplots(1, 3, figsize=(7, 3), sharey=True)
+draw_step(axes[0], far, gamma=0.5)
+axes[0].set(title="x = 0.8, γ = 0.5", ylabel="loss")
+draw_step(axes[1], lying, gamma=0.5)
+axes[1].set_title("x = 1.5, γ = 0.5")
+draw_step(axes[2], lying, lam=0.8)
+axes[2].set_title("x = 1.5, λ = 0.8")
+_ = describe(
+    fig,
+    "Half the step from 0.8 lands near the minimum; half the step from 1.5"
+    " still climbs; with damping 0.8 the parabola at 1.5 opens upwards and"
+    " the step goes down towards the minimum.",
+)
+
+assert loss(far + 0.5 * newton_step(far)) < loss(far)
+assert loss(lying + 0.5 * newton_step(lying)) > loss(lying)
+assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
+
+# %%
+# A smaller :math:`\gamma` mends the overshoot, but not the lie: half a step uphill is still uphill.
+# A damping larger than the negative curvature, :math:`\lambda > -C`, turns the parabola over, and
+# the step points downhill again.
+#
+# Two dimensions
+# --------------
+#
+# With several parameters, :math:`g` is the gradient, :math:`C` a matrix, and :math:`v` solves the
+# linear system at the top of this page. What does that buy? Below, the second parameter is scaled
+# so that it curves 20 times as much as the first. Gradient descent has one step size for both.
+
+C = torch.diag(torch.tensor([1.0, 20.0]))
+start = torch.tensor([10.0, 1.0])
+eta = 2 / (1 + 20)  # the constant step size that converges fastest
+
+descent = [start]
+while descent[-1].norm() > 0.01 * start.norm():
+    descent.append(descent[-1] - eta * (C @ descent[-1]))
+descent = torch.stack(descent)
+newton = start + torch.linalg.solve(C, -(C @ start))  # its gradient is C x
+
+print(f"gradient descent, to 1 % of the distance: {len(descent) - 1} steps")
+print(f"Newton, distance left after one step: {newton.norm():.1e}")
+assert len(descent) - 1 == 47
+assert newton.norm() < 1e-6
+
+# %%
+# What do the two paths look like, and what lies between them as the damping grows? Below is the
+# path of each method, then the end of the damped Newton step for every :math:`\lambda` from
+# :math:`10^{-3}` to :math:`10^4`.
+
+eye, g = torch.eye(2), C @ start
+ends = []
+for lam in torch.logspace(-3, 4, 80):
+    ends.append(start + torch.linalg.solve(C + lam * eye, -g))
+damped = torch.stack(ends)
+one_step = torch.stack([start, newton])
+downhill = torch.stack([start, start - 0.08 * g])
+
+# %%
+
+first = torch.linspace(-2, 12, 99)
+second = torch.linspace(-1.5, 1.5, 99)[:, None]
+fig, axes = plt.subplots(2, 1, figsize=(7, 3.8), sharex=True)
+for ax in axes:
+    value = (first**2 + 20 * second**2) / 2
+    ax.contour(first, second[:, 0], value, colors="gray", linewidths=0.5)
+    ax.set(aspect="equal", ylabel="second")
+blue, orange, green = COLORS["blue"], COLORS["orange"], COLORS["green"]
+axes[0].plot(*descent.T, "o-", ms=3, c=blue, label="gradient descent")
+axes[0].plot(*one_step.T, "X--", c=orange, label="Newton")
+axes[1].plot(*damped.T, c=green, label="Newton, all λ")
+axes[1].plot(*downhill.T, ":", c=blue, label="−g")
+for ax in axes:
+    ax.legend(loc="lower left", fontsize=8, framealpha=0.5)
+_ = axes[1].set_xlabel("first parameter")
+_ = describe(
+    fig,
+    "Two panels of long, flat elliptic contours. Gradient descent zigzags"
+    " across the valley in ever smaller steps, Newton goes straight to the"
+    " centre. The damped Newton steps form a curve that leaves the start"
+    " along the negative gradient and ends in the centre.",
+)
+
+# %%
+# Gradient descent bounces between the steep walls and creeps along the flat floor. Newton divides
+# each direction by its own curvature: where :math:`C` has the eigenvalue :math:`\mu`, the step is
+# :math:`-g / (\mu + \lambda)`. Directions with :math:`\mu \gg \lambda` take the Newton step,
+# directions with :math:`\mu \ll \lambda` take a gradient step :math:`-g / \lambda`. A large
+# damping is gradient descent with the learning rate :math:`\gamma / \lambda`.
+
+lam = 1e4
+v = torch.linalg.solve(C + lam * eye, -g)
+assert torch.allclose(v, -g / lam, rtol=20 / lam)
+
+# %%
+# Hessian
+# -------
+#
+# Which matrix should :math:`C` be for a network? The first answer is the **Hessian**, all second
+# derivatives of the loss: :math:`H = \nabla^2 L(x)`. It drops nothing, so that :math:`q` agrees
+# with the loss to second order. It is positive semi-definite (no negative eigenvalues) only where
+# the loss is convex, and the loss of a network is not: the model may lie.
+#
+# A network small enough to look at the whole matrix: three layers with 113 parameters, for the
+# digits 0, 1 and 2 shrunk to 3 × 3 pixels, in double precision. All of its parameters form one
+# vector :math:`x`, as in the formulas.
+
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, one_hot
+from torch.nn.utils import parameters_to_vector
+
+from cgn_tutorial import load_mnist
+
+images, labels = load_mnist(train=False).tensors
+few = (labels < 3).nonzero().flatten()[:100]
+images = adaptive_avg_pool2d(images[few], 3).flatten(1).double()
+labels = labels[few]
+
+torch.manual_seed(0)
+tiny = nn.Sequential(
+    nn.Linear(9, 6),
+    nn.Sigmoid(),
+    nn.Linear(6, 5),
+    nn.Sigmoid(),
+    nn.Linear(5, 3),
+).double()
+x_init = parameters_to_vector(tiny.parameters()).detach()
+assert len(x_init) == 113
+
+# %%
+# The network as a function of that vector, and its Hessian by automatic differentiation:
+
+
+def split(net, x):
+    sizes = [p.numel() for p in net.parameters()]
+    pairs = zip(net.parameters(), x.split(sizes), strict=True)
+    return [part.view_as(p) for p, part in pairs]
+
+
+def outputs_of(net, inputs):
+    names = [name for name, _ in net.named_parameters()]
+
+    def outputs(x):
+        parameters = dict(zip(names, split(net, x), strict=True))
+        return functional_call(net, parameters, (inputs,))
+
+    return outputs
+
+
+# %%
+
+outputs = outputs_of(tiny, images)
+
+
+def loss(x):
+    return cross_entropy(outputs(x), labels)
+
+
+H = jacrev(grad(loss))(x_init)  # the gradient's Jacobian
+smallest, largest = torch.linalg.eigvalsh(H)[[0, -1]]
+print(f"eigenvalues of the Hessian from {smallest:.4f} to {largest:.4f}")
+assert smallest < 0
+
+# %%
+# Generalized Gauss-Newton
+# ------------------------
+#
+# The loss is a composition: parameters give outputs :math:`f(x)`, outputs give the loss
+# :math:`\ell(f)`. With the Jacobian :math:`J = \partial f / \partial x` and the Hessian
+# :math:`H_L = \nabla_f^2 \ell` of the loss alone, the chain rule, applied twice, gives
+#
+# .. math::
+#
+#     \nabla L = J^\top \nabla_f \ell, \qquad
+#     H = \underbrace{J^\top H_L\, J}_{\text{GGN}}
+#       + \underbrace{\sum_k \frac{\partial \ell}{\partial f_k} \nabla^2 f_k}_{\text{residual}} .
+#
+# The **generalized Gauss-Newton** matrix (GGN) keeps the first term and drops the second, the
+# curvature of the network itself. It is the exact Hessian for a network that is linear in its
+# parameters, and close to it where the outputs' gradients :math:`\partial \ell / \partial f_k` are
+# small. It is positive semi-definite whenever the loss is convex in the *outputs*, as
+# cross-entropy and squared error are:
+# :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J v) \ge 0`.
+# `Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002)
+# <https://doi.org/10.1162/08997660260028683>`__, defines it for any such pair of network
+# and loss.
+
+
+def loss_hessians(z):  # H_L of softmax and cross-entropy, per image
+    p = z.softmax(dim=1)
+    return (p.diag_embed() - p[:, :, None] * p[:, None, :]) / len(p)
+
+
+# %%
+
+J = jacrev(outputs)(x_init)  # [images, outputs, parameters]
+H_L = loss_hessians(outputs(x_init))
+G = torch.einsum("nki,nkl,nlj->ij", J, H_L, J)
+residual = (H - G).norm() / H.norm()
+smallest = torch.linalg.eigvalsh(G)[0]
+print(f"the residual is {residual:.0%} of the Hessian")
+print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
+assert smallest > -1e-14
+
+# %%
+# Positive-curvature Hessian
+# --------------------------
+#
+# Can the residual be repaired instead of dropped? Follow the Hessian backwards through the
+# network, one image at a time. Let :math:`H_z` be the Hessian with respect to :math:`z = W h + b`,
+# the outcome of a linear layer, where :math:`h = \sigma(a)` comes from the layer below. The chain
+# rule, now for one layer, gives
+#
+# .. math::
+#
+#     H_h = W^\top H_z W, \qquad
+#     H_a = \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
+#         + \operatorname{diag}\bigl(\sigma''(a) \odot \delta\bigr), \qquad
+#     \delta = \frac{\partial L}{\partial h} .
+#
+# The recursion starts from the convex loss, with :math:`H_L`, and every term keeps the sign but
+# one: :math:`r = \sigma''(a) \odot \delta`, this layer's part of the residual, has entries of
+# either sign. The **positive-curvature Hessian** (PCH) replaces them by :math:`|r|` (*abs*) or by
+# :math:`\max(r, 0)` (*clip*), layer by layer; replacing them by 0 gives the GGN, leaving them as
+# they are the Hessian. So it drops the negative part of the residual's diagonal, or its sign, and
+# it is positive semi-definite since all terms now are. It is not the Hessian with its negative
+# eigenvalues cut off. The idea is due to `Chen, Chou and Chang, "BDA-PCH: Block-Diagonal
+# Approximation of Positive-Curvature Hessian for Training Neural Networks" (2018)
+# <https://arxiv.org/abs/1802.06502>`__.
+#
+# Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
+
+RESIDUALS = {
+    "Hessian": lambda s2, delta: s2 * delta,
+    "GGN": lambda s2, delta: 0 * delta,
+    "PCH, abs": lambda s2, delta: (s2 * delta).abs(),
+    "PCH, clip": lambda s2, delta: (s2 * delta).clamp(min=0),
+}
+
+# %%
+# Block-diagonal
+# --------------
+#
+# The recursion never needs the whole matrix. It yields the second derivatives *within* a layer:
+# for the bias :math:`H_z`, for the weight :math:`H_z` times the products of two inputs :math:`h`,
+# both summed over the images. Here, a **block** is the square part of the matrix that belongs to
+# one parameter tensor, a weight or a bias. A block-diagonal curvature keeps these blocks and drops
+# everything between two tensors. Blocks of a positive semi-definite matrix are positive
+# semi-definite: choose :math:`v` zero outside the block.
+
+
+def forward(x):
+    *hidden, last = zip(split(tiny, x)[::2], split(tiny, x)[1::2], strict=True)
+    h = [images]  # the inputs of all layers
+    for W_l, b_l in hidden:
+        h.append((h[-1] @ W_l.T + b_l).sigmoid())
+    return h, h[-1] @ last[0].T + last[1]
+
+
+# %%
+
+
+def curvature_blocks(x, residual):
+    h, z = forward(x)
+    H = loss_hessians(z)
+    delta = (z.softmax(1) - one_hot(labels)) / len(z)
+    blocks = []
+    for W_l, h_l in zip(split(tiny, x)[-2::-2], h[::-1], strict=True):
+        B = torch.einsum("nij,nk,nl->ikjl", H, h_l, h_l)
+        blocks = [B.reshape(W_l.numel(), -1), H.sum(0), *blocks]
+        s1 = h_l * (1 - h_l)  # σ', and σ'' below
+        r = residual(s1 * (1 - 2 * h_l), delta @ W_l)
+        H = s1[:, :, None] * (W_l.T @ H @ W_l) * s1[:, None, :]
+        H, delta = H + r.diag_embed(), s1 * (delta @ W_l)
+    return blocks
+
+
+# %%
+# Are these really the blocks of the dense matrices from automatic differentiation?
+
+
+def blocks_of(matrix):
+    sizes = [p.numel() for p in tiny.parameters()]
+    rows = matrix.split(sizes)
+    return [row.split(sizes, dim=1)[i] for i, row in enumerate(rows)]
+
+
+def difference(blocks, others):  # relative, over all blocks
+    blocks, others = torch.block_diag(*blocks), torch.block_diag(*others)
+    return ((blocks - others).norm() / others.norm()).item()
+
+
+for name, dense in ("Hessian", H), ("GGN", G):
+    recursion = curvature_blocks(x_init, RESIDUALS[name])
+    error = difference(recursion, blocks_of(dense))
+    print(f"{name}: relative difference {error:.1e}")
+    assert error < 1e-12
+
+# %%
+# How much of the matrix do the blocks hold? Here are the full Hessian and the full GGN, each row
+# and column one parameter, with the blocks outlined.
+
+from matplotlib.colors import SymLogNorm
+from matplotlib.patches import Rectangle
+
+names = ["W₁", "b₁", "W₂", "b₂", "W₃", "b₃"]
+sizes = torch.tensor([p.numel() for p in tiny.parameters()])
+edges = sizes.cumsum(0) - sizes
+
+# %%
+
+norm = SymLogNorm(1e-4, vmin=-0.2, vmax=0.2)
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
+for ax, title, matrix in zip(axes, ("Hessian", "GGN"), (H, G), strict=True):
+    image = ax.imshow(matrix, cmap="PuOr", norm=norm)
+    for edge, size in zip(edges - 0.5, sizes, strict=True):
+        square = Rectangle((edge, edge), size, size, fill=False)
+        square.set(ec=COLORS["green"], lw=1.5)
+        ax.add_patch(square)
+    centres = (edges + sizes / 2 - 0.5).tolist()
+    ax.set(title=title, xticks=centres, yticks=centres)
+    ax.set(xticklabels=names, yticklabels=names)
+fig.colorbar(image, ax=axes, label="second derivative", shrink=0.8)
+_ = describe(
+    fig,
+    "Two symmetric 113 by 113 matrices with six outlined squares on the"
+    " diagonal, one per tensor. The largest entries belong to the last layer."
+    " Both have large entries outside the squares; the Hessian shows stripes"
+    " between different layers that the GGN lacks.",
+)
+
+# %%
+# The last layer curves most, and much lies outside the outlines: what a block-diagonal curvature
+# drops is not small. The stripes that only the Hessian has belong to the residual.
+
+shares = []
+for matrix in (H, G):
+    inside = torch.block_diag(*blocks_of(matrix)).norm() / matrix.norm()
+    shares.append(inside.item() ** 2)
+print("share of the squared entries inside the blocks, Hessian and GGN:")
+print([f"{share:.0%}" for share in shares])
+assert all(0.4 < share < 0.6 for share in shares)
+
+# %%
+# Products without matrices
+# -------------------------
+#
+# The network of page 3 has 21,840 parameters. How large are its matrices, and those of a network
+# with a billion parameters?
+
+from cgn_tutorial import make_model
+
+model = make_model()
+for n in sum(p.numel() for p in model.parameters()), 10**9:
+    print(f"{n:13,d} parameters: vector {4 * n / 1e9:.2g} GB,", end=" ")
+    print(f"matrix {4 * n**2 / 1e9:.2g} GB")
+
+# %%
+# Nobody stores the second one. Yet solvers such as `conjugate gradients
+# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector, and that costs no
+# more memory than a few vectors. The Hessian is the Jacobian of the gradient and symmetric, so
+# that one more backward pass gives :math:`H v`, an idea of `Pearlmutter, "Fast Exact
+# Multiplication by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__. The GGN's
+# product is read off its definition from right to left: :math:`J v`, then :math:`H_L (J v)`, then
+# :math:`J^\top (H_L J v)`. PyTorch's ``vjp`` returns a function's value and the product with its
+# transposed Jacobian. As :math:`u \mapsto J^\top u` is linear with the matrix :math:`J^\top`, a
+# second ``vjp`` transposes it back to :math:`J`.
+
+from functools import partial
+
+from torch.func import vjp
+
+
+def hessian_product(loss, x, v):
+    return vjp(grad(loss), x)[1](v)[0]
+
+
+def ggn_product(outputs, loss_of_outputs, x, v):
+    z, Jt = vjp(outputs, x)
+    Jv = vjp(lambda u: Jt(u)[0], torch.zeros_like(z))[1](v)[0]
+    HJv = hessian_product(loss_of_outputs, z, Jv)
+    return Jt(HJv)[0]
+
+
+# %%
+
+loss_of_outputs = partial(cross_entropy, target=labels)
+v = torch.randn_like(x_init)
+Hv = hessian_product(loss, x_init, v)
+Gv = ggn_product(outputs, loss_of_outputs, x_init, v)
+for name, product, dense in (("H v", Hv, H @ v), ("GGN v", Gv, G @ v)):
+    error = ((product - dense).norm() / dense.norm()).item()
+    print(f"{name}: relative difference to the dense product {error:.1e}")
+    assert error < 1e-12
+
+# %%
+# Nothing in these lines knows the size of the network. What does one product cost, in gradients?
+# Measured here with the 21,840 parameters and a batch of 64 images:
+
+import statistics
+import time
+
+digits, classes = (t[:64] for t in load_mnist(train=False).tensors)
+f = outputs_of(model, digits)
+x = parameters_to_vector(model.parameters()).detach()
+v = torch.randn_like(x)
+ell = partial(cross_entropy, target=classes)
+candidates = {
+    "gradient": lambda: grad(lambda x: ell(f(x)))(x),
+    "Hessian product": lambda: hessian_product(lambda x: ell(f(x)), x, v),
+    "GGN product": lambda: ggn_product(f, ell, x, v),
+}
+
+# %%
+
+seconds = {name: [] for name in candidates}
+for _ in range(11):  # in turns, so that all meet the same load
+    for name, function in candidates.items():
+        begin = time.perf_counter()
+        function()
+        seconds[name].append(time.perf_counter() - begin)
+medians = {k: statistics.median(v) for k, v in seconds.items()}
+for name, median in medians.items():
+    print(f"{name:15}: {median / medians['gradient']:.1f} gradients")
+
+# %%
+# A product costs a few gradients, however many parameters there are: this is what makes it possible
+# to train with curvature, as in `Martens, "Deep learning via Hessian-free
+# optimization" (2010) <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__.
+#
+# Page 3 takes its products, one per block, from
+# `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__, which computes them during the backward
+# pass and leaves on each parameter a function ``[V, *p.shape] → [V, *p.shape]`` that multiplies V
+# vectors at once. Is it the same matrix? All unit vectors at once give all of its columns. The
+# functions read what the latest backward pass left in the modules, another one would break them,
+# and so BackPACK gets a copy of the network to itself.
+
+import copy
+
+from backpack import backpack, extend
+from backpack.extensions import GGNMP, HMP, PCHMP
+
+
+def backpack_blocks(extension):
+    net = extend(copy.deepcopy(tiny))
+    loss_function = extend(nn.CrossEntropyLoss())
+    inputs = images.clone().requires_grad_()  # or torch warns of hooks
+    with backpack(extension):
+        loss_function(net(inputs), labels).backward()
+    blocks = []
+    for p in net.parameters():
+        product = getattr(p, extension.savefield)
+        unit_vectors = torch.eye(p.numel()).to(p).view(-1, *p.shape)
+        blocks.append(product(unit_vectors).reshape(p.numel(), -1))
+    return blocks
+
+
+# %%
+
+for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
+    error = difference(backpack_blocks(extension), blocks_of(dense))
+    print(f"BackPACK's {name}: relative difference {error:.1e}")
+    assert error < 1e-12
+
+# %%
+# And the PCH? Compare it with the definition above, and with a variant in which the residual
+# contains :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
+
+for modify in ("abs", "clip"):
+    residual = RESIDUALS[f"PCH, {modify}"]
+    theirs = backpack_blocks(PCHMP(modify=modify))
+    once = curvature_blocks(x_init, residual)
+    twice = curvature_blocks(x_init, lambda s2, d, r=residual: r(s2, d * d))
+    errors = [difference(theirs, blocks) for blocks in (once, twice)]
+    print(f"PCH, {modify}: δ once {errors[0]:.1e}, twice {errors[1]:.1e}")
+    ggn = [difference(b, blocks_of(G)) for b in (once, twice)]
+    print(f"    distance to the GGN {ggn[0]:.1e}, {ggn[1]:.1e}")
+    assert min(errors) < 1e-12
+    assert ggn[1] < ggn[0] / 100
+
+# %%
+# BackPACK 1.7.1 multiplies by :math:`\delta` twice, where the definition does so once. With a mean
+# over many images :math:`\delta` is small, and its square all but removes the residual. What page 3
+# calls PCH, and the run it repeats, is this variant. It is still positive semi-definite, but here
+# hardly more than the GGN. The spectra below are those of the definition.
+#
+# Spectra
+# -------
+#
+# A solver meets the matrix through its eigenvalues. How do those of the four curvatures differ, and
+# does training change them? First, train the tiny network by the formula this page began with:
+# block-diagonal GGN, :math:`\lambda = 0.01` and :math:`\gamma = 0.1`, as on page 3, but with dense
+# matrices.
+
+eye = torch.eye(len(x_init), dtype=x_init.dtype)
+x = x_init
+for _ in range(100):
+    C = torch.block_diag(*curvature_blocks(x, RESIDUALS["GGN"]))
+    v = torch.linalg.solve(C + 0.01 * eye, -grad(loss)(x))
+    x = x + 0.1 * v
+x_trained = x
+
+for name, x in (("initialisation", x_init), ("trained", x_trained)):
+    correct = (outputs(x).argmax(1) == labels).double().mean()
+    print(f"{name}: loss {loss(x):.3f}, accuracy {correct:.2f}")
+assert loss(x_trained) < 0.1 * loss(x_init)
+
+# %%
+# Below, each mark is one eigenvalue of the block-diagonal matrix.
+
+
+def spectrum(x, name):
+    blocks = curvature_blocks(x, RESIDUALS[name])
+    return torch.linalg.eigvalsh(torch.block_diag(*blocks))
+
+
+# %%
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
+for ax, x in zip(axes, (x_init, x_trained), strict=True):
+    for row, name in enumerate(RESIDUALS):
+        mu = spectrum(x, name)
+        up, down = mu[mu > -1e-14], mu[mu < -1e-14]
+        ax.plot(up, 0 * up + row, "|", ms=14, c=COLORS["blue"])
+        ax.plot(down, 0 * down + row, "x", c=COLORS["red"])
+        print(f"{name:9}  negative: {len(down):2}  {mu[0]:8.1e} {mu[-1]:.2f}")
+        assert (len(down) > 0) == (name == "Hessian")
+    ax.set_xscale("symlog", linthresh=1e-5)
+    ax.set(xlabel="eigenvalue", xticks=[-1e-3, 0, 1e-3, 1e-1])
+axes[0].set(title="at initialisation", yticks=range(4))
+axes[0].set(yticklabels=RESIDUALS, ylim=(3.5, -0.5))
+_ = axes[1].set_title("trained")
+_ = describe(
+    fig,
+    "Two panels with one row of eigenvalues per curvature, on a logarithmic"
+    " scale to both sides of zero. Only the Hessian has negative ones, marked"
+    " by crosses; after training they are fewer and smaller.",
+)
+
+# %%
+# Only the Hessian has negative eigenvalues (crosses), more of them at initialisation. With
+# training the outputs approach the labels, :math:`\delta` shrinks, and the residual with it: the
+# most negative eigenvalue is now close to 0. All four have a few large eigenvalues and many close
+# to 0.
+
+lowest = [spectrum(x, "Hessian")[0] for x in (x_init, x_trained)]
+assert 0 > lowest[1] > 0.1 * lowest[0]
+
+# %%
+# What does damping do to each spectrum? It moves every eigenvalue :math:`\mu` to
+# :math:`\mu + \lambda`. Below are the sizes of the eigenvalues at initialisation, from the largest
+# to the smallest, before (dots, crosses where negative, sizes below :math:`10^{-7}` raised to it)
+# and after damping with :math:`\lambda = 10^{-3}` (line, where positive).
+
+fig, axes = plt.subplots(1, 4, figsize=(7, 3), sharey=True)
+for ax, name in zip(axes, RESIDUALS, strict=True):
+    mu = spectrum(x_init, name).flip(0)
+    k = torch.arange(len(mu))
+    size, down, up = mu.abs().clamp(min=1e-7), mu < -1e-14, mu + 1e-3 > 0
+    ax.plot(k[~down], size[~down], ".", ms=3, c=COLORS["blue"])
+    ax.plot(k[down], size[down], "x", ms=4, c=COLORS["red"])
+    ax.plot(k[up], (mu + 1e-3)[up], "--", c=COLORS["orange"])
+    ax.set(yscale="log", title=name, xlabel="index")
+_ = axes[0].set_ylabel("|eigenvalue|")
+_ = describe(
+    fig,
+    "Four panels of eigenvalues falling from about 0.6 over seven orders of"
+    " magnitude. Damped, they level off at 0.001. For the Hessian the"
+    " negative eigenvalues rise again in size to about 0.006 at the end, and"
+    " the damped line breaks off before them.",
+)
+
+# %%
+# Damping is a floor: eigenvalues above :math:`\lambda` hardly change, those near 0 become
+# :math:`\lambda`. The Hessian keeps its eigenvalues below :math:`-\lambda` negative; a larger
+# :math:`\lambda` lifts them all. The condition number, the largest eigenvalue over the smallest,
+# drops from infinity to about :math:`\mu_{\max} / \lambda` for the other three;
+# `it decides how many steps conjugate gradients take <plot_2_conjugate_gradients.html>`__.
+
+for lam in (1e-3, 1e-2):
+    print(f"λ = {lam}:")
+    for name in RESIDUALS:
+        mu = spectrum(x_init, name) + lam
+        condition = f"condition number {mu[-1] / mu[0]:.0f}"
+        print(f"    {name:9}", condition if mu[0] > 0 else "indefinite")
+        assert (mu[0] > 0) == (lam == 1e-2 or name != "Hessian")
+
+# %%
+# Null direction of the softmax
+# -----------------------------
+#
+# Why is the smallest eigenvalue of the GGN 0, up to rounding? Adding the same number to all outputs
+# of an image does not change their softmax. The loss is constant along such a direction,
+# :math:`H_L` times a vector of ones is 0, and so is :math:`G` times any change of the parameters
+# that shifts all outputs alike: for example of the last bias, by ones.
+
+u = torch.zeros_like(x_init)
+u[-3:] = 1  # the last bias
+
+g = grad(loss)(x_init)
+print(f"|G u| = {(G @ u).norm():.1e},  |g · u| = {abs(g @ u):.1e}")
+assert (G @ u).norm() < 1e-14
+assert abs(g @ u) < 1e-14
+
+# %%
+# Then :math:`G v = -g` has no unique solution: with :math:`v`, also :math:`v + t u` solves it, for
+# any :math:`t`. Small batches add more null directions. Each image contributes at most as many
+# ranks as it has classes, less one: 64 images of ten classes reach at most 64 × 9 = 576 of 21,840.
+
+few = torch.einsum("nki,nkl,nlj->ij", J[:5], H_L[:5], J[:5])
+rank = torch.linalg.matrix_rank(few).item()
+print(f"rank of the GGN on 5 images of 3 classes: {rank} of {len(few)}")
+assert rank <= 5 * 2
+
+# %%
+# What does such a model look like, and what does damping change? Take a single image, two outputs
+# with equal probabilities, and the two outputs themselves as parameters.
+
+g2 = torch.tensor([-0.5, 0.5])
+C2 = torch.tensor([[0.25, -0.25], [-0.25, 0.25]])
+line = torch.linspace(-3, 3, 99)
+v2 = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
+for ax, lam in zip(axes, (0.0, 0.2), strict=True):
+    damped = C2 + lam * torch.eye(2)
+    q = v2 @ g2 + ((v2 @ damped) * v2).sum(-1) / 2
+    ax.contour(line, line, q, levels=12, colors="gray", linewidths=0.5)
+    ax.set(aspect="equal", xlabel="change of output 1", title=f"λ = {lam}")
+axes[0].plot(line, line - 2, "--", c=COLORS["orange"])  # all minima
+axes[1].plot(*torch.linalg.solve(damped, -g2), "X", c=COLORS["orange"])
+axes[0].set(ylabel="change of output 2", ylim=(-3, 3))
+_ = describe(
+    fig,
+    "Contours of the quadratic model of two outputs. Without damping they are"
+    " parallel diagonal lines, and the minima form a line. With damping they"
+    " are ellipses around a single minimum.",
+)
+
+# %%
+# Undamped, the model is a trough: every point of the dashed line is a minimum. With damping, the
+# length of the step counts as well: a single minimum is left, straight across the trough. In
+# formulas: multiply :math:`(G + \lambda I)\, v = -g` by :math:`u^\top`. As
+# :math:`G u = 0` and :math:`g^\top u = 0`, what remains is :math:`\lambda\, u^\top v = 0`. The
+# damped step does not move along the null direction at all.
+
+v = torch.linalg.solve(G + 0.01 * eye, -g)
+print(f"|v| = {v.norm():.2f},  |u · v| = {abs(u @ v):.1e}")
+assert abs(u @ v) < 1e-12
+
+# %%
+# All of the pieces are in place: a curvature, in blocks, through products, damped. What is missing
+# is a solver that asks for nothing but products: `conjugate gradients
+# <plot_2_conjugate_gradients.html>`__. Then
+# `the optimizer <plot_3_matrix_free_optimization.html>`__ puts them together.

@@ -1,0 +1,861 @@
+r"""
+Conjugate gradients from scratch
+================================
+
+A Newton step, as `page 1 <plot_1_newton_step.html>`__ derives it, is the
+solution of a linear system :math:`A x = b`: the matrix is the damped curvature
+:math:`A = C + \lambda I`, the right-hand side the negative gradient
+:math:`b = -g`, and the solution :math:`x` the step. :math:`A` is too large to
+store, but its product with a vector costs about as much as a gradient.
+
+Conjugate gradients (CG) solve the system from such products alone. This page
+builds the method, watches it work, and finds out when to stop it and what can
+go wrong. It is due to Hestenes and Stiefel, `Methods of Conjugate Gradients
+for Solving Linear Systems (1952) <https://doi.org/10.6028/jres.049.044>`__;
+the classic explanation is Shewchuk's `An Introduction to the Conjugate
+Gradient Method Without the Agonizing Pain (1994)
+<https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__.
+"""
+
+# %%
+# A quadratic to minimise
+# -----------------------
+#
+# For a symmetric positive definite :math:`A`, solving :math:`A x = b` and
+# minimising the quadratic model
+#
+# .. math:: \phi(x) = \tfrac{1}{2} x^\top A x - b^\top x
+#
+# are the same task, because the gradient of the model is :math:`A x - b`. The
+# negative gradient, which points downhill, is the residual
+# :math:`r = b - A x`: it also says how far the equation is from being solved.
+#
+# From any point :math:`x`, along any direction :math:`p`, the model is a
+# parabola. Its lowest point is :math:`x + \alpha p` with
+#
+# .. math:: \alpha = \frac{p^\top r}{p^\top A p}.
+#
+# Everything below repeats this one step. Only the choice of :math:`p` is open.
+# The obvious one is :math:`p = r`, straight downhill: gradient descent, here
+# with the best step size at every step. The other one tilts :math:`r` by a
+# multiple :math:`\beta` of the last direction; the next section says by how
+# much, and why.
+
+import torch
+
+
+def descend(A, b, steps, conjugate):
+    x, r, p, path = 0 * b, b, b, [0 * b]
+    for _ in range(steps):
+        alpha = (p @ r) / (p @ A @ p)
+        x = x + alpha * p
+        r = b - A @ x
+        beta = -(r @ A @ p) / (p @ A @ p) if conjugate else 0
+        p = r + beta * p
+        path.append(x)
+    return torch.stack(path)
+
+
+# %%
+# Directions that do not undo each other
+# --------------------------------------
+#
+# After a step along :math:`p`, the model is as low as it gets in that
+# direction: the new residual has :math:`p^\top r = 0`. A later step along some
+# :math:`q` changes the residual by a multiple of :math:`A q`. It leaves the
+# earlier work intact exactly if
+#
+# .. math:: p^\top A q = 0.
+#
+# Such directions are called conjugate, or A-orthogonal. For
+# :math:`q = r + \beta p` this is one equation with one unknown, solved by
+#
+# .. math:: \beta = -\frac{r^\top A p}{p^\top A p},
+#
+# the line of ``descend`` that tells the two methods apart. How much does it
+# change for two unknowns?
+
+A = torch.tensor([[2.0, -1.8], [-1.8, 2.5]]).double()
+b = torch.tensor([0.9, -0.1]).double()
+solution = torch.linalg.solve(A, b)
+
+gradient_descent = descend(A, b, steps=10, conjugate=False)
+conjugate = descend(A, b, steps=2, conjugate=True)
+
+missing = (gradient_descent[-1] - solution).norm() / solution.norm()
+print(f"gradient descent: {missing:.0%} of the way left after 10 steps")
+assert missing > 0.05
+torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
+
+# %%
+# Gradient descent is still on its way after ten steps. The conjugate
+# directions arrive in two, up to rounding. Where do their paths part?
+#
+# The left figure shows both over the contours of the model, dashed where it is
+# negative. The right one shows the same in the coordinates
+# :math:`y = L^\top x` with :math:`A = L L^\top`, which turn the valley into a
+# round bowl: there, :math:`p^\top A q` is the ordinary inner product, so that
+# conjugate directions meet at a right angle.
+
+from matplotlib import pyplot as plt
+
+from cgn_tutorial.plotting import COLORS, describe
+
+
+def contours(ax, A, b, center, size):
+    u = torch.linspace(-size, size, 99).double()
+    x = center + torch.cartesian_prod(u, u)
+    model = ((x @ A) * x).sum(1) / 2 - x @ b
+    ax.tricontour(*x.T, model, 12, colors="gray", linewidths=0.5)
+    ax.set_aspect("equal")
+
+
+# %%
+
+L = torch.linalg.cholesky(A)
+views = {"x": (A, b, torch.eye(2).double())}
+views["y"] = torch.eye(2).double(), torch.linalg.solve(L, b), L
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+for ax, (name, (A_view, b_view, T)) in zip(axes, views.items(), strict=True):
+    contours(ax, A_view, b_view, solution @ T / 2, 0.9)
+    ax.plot(*(gradient_descent @ T).T, "o--", color=COLORS["orange"], ms=4)
+    ax.plot(*(conjugate @ T).T, "s-", color=COLORS["blue"], ms=5)
+    ax.set(xlabel=f"${name}_1$", ylabel=f"${name}_2$")
+axes[0].legend(["gradient descent", "conjugate gradients"], loc="upper left")
+_ = describe(
+    fig,
+    "Left: elliptic contours. From the origin, gradient descent zigzags along"
+    " the valley; conjugate gradients turn once and hit the minimum. Right:"
+    " the same paths over circles, where the conjugate turn is a right angle.",
+)
+
+# %%
+
+first, second = conjugate.diff(dim=0)
+assert abs(first @ A @ second) < 1e-12 * first.norm() * second.norm()
+one, _, three = gradient_descent.diff(dim=0)[:3]
+torch.testing.assert_close(three / three.norm(), one / one.norm())
+
+# %%
+# Both begin with the same step. Gradient descent then turns at a right angle
+# in the left figure, every time, so that its third step is parallel to its
+# first and repairs what the second one undid. The conjugate path turns at a
+# right angle in the right figure, and on a round bowl that leads to the
+# centre.
+#
+# Does it work for more than two unknowns, where each direction is made
+# conjugate to the last one only? For a random system with twelve of them, take
+# all the steps and look at the cosines between them, in the inner product
+# :math:`p^\top A q`.
+
+torch.manual_seed(0)
+n = 12
+Q = torch.linalg.qr(torch.randn(n, n).double()).Q
+A_12 = Q @ torch.diag(torch.linspace(1, 20, n).double()) @ Q.T
+b_12 = torch.randn(n).double()
+
+
+def cosines(path, A):
+    steps = path.diff(dim=0)
+    products = steps @ A @ steps.T
+    lengths = products.diagonal().sqrt()
+    return (products / lengths / lengths[:, None]).abs()
+
+
+cosines_gd = cosines(descend(A_12, b_12, n, conjugate=False), A_12)
+cosines_cg = cosines(descend(A_12, b_12, n, conjugate=True), A_12)
+off_diagonal = cosines_cg - torch.eye(n)
+print(f"conjugate directions: largest cosine {off_diagonal.abs().max():.0e}")
+assert off_diagonal.abs().max() < 1e-10
+assert cosines_gd[:-2, 2:].diagonal().min() > 0.5
+
+# %%
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+for ax, picture in zip(axes, (cosines_gd, cosines_cg), strict=True):
+    image = ax.imshow(picture, vmin=0, vmax=1, cmap="cividis")
+    ax.set(xlabel="step", ylabel="step", xticks=[0, 5, 11], yticks=[0, 5, 11])
+axes[0].set_title("gradient descent")
+axes[1].set_title("conjugate gradients")
+_ = fig.colorbar(image, ax=axes, label="|cosine|, A inner product")
+_ = describe(
+    fig,
+    "Two matrices of cosines between twelve steps. For gradient descent, a"
+    " chequerboard: every second step repeats. For conjugate gradients, only"
+    " the diagonal differs from zero.",
+)
+
+# %%
+# Gradient descent repeats itself: each step shares more than half of its
+# direction with the step two before. The conjugate steps have nothing in
+# common, any two of them. Each settles one direction for good, so that twelve
+# steps solve for twelve unknowns. The next section shows why being conjugate
+# to the last direction is enough.
+#
+# The algorithm
+# -------------
+#
+# Write :math:`r_k` and :math:`p_k` for the residuals and the directions. Three
+# observations make the method as cheap as it can be.
+#
+# - The residual need not be computed afresh: since
+#   :math:`x_{k+1} = x_k + \alpha_k p_k`, it is
+#   :math:`r_{k+1} = r_k - \alpha_k A p_k`. One product per step,
+#   :math:`A p_k`, does everything.
+# - Each residual is orthogonal to all earlier directions, where the model is
+#   already minimal, and so to all earlier residuals, which are combinations of
+#   these directions. Therefore
+#   :math:`p_k^\top r_k = (r_k + \beta p_{k-1})^\top r_k = r_k^\top r_k`.
+# - By the first point, :math:`A p_i` is a multiple of
+#   :math:`r_i - r_{i+1}`. So :math:`r_{k+1}^\top A p_i` vanishes by itself for
+#   all :math:`i < k`, which is why only :math:`p_k` needs a :math:`\beta`, and
+#   for :math:`i = k` the formula for it shrinks to
+#   :math:`\beta = r_{k+1}^\top r_{k+1} / r_k^\top r_k`.
+#
+# This is the whole method. It remembers four vectors, however many steps it
+# takes: ``x``, ``r``, ``p`` and ``Ap``.
+
+
+def textbook_cg(A, b, steps):
+    x, r, p, path = 0 * b, b, b, [0 * b]
+    for _ in range(steps):
+        Ap = A @ p
+        alpha = (r @ r) / (p @ Ap)
+        x, r_next = x + alpha * p, r - alpha * Ap
+        beta = (r_next @ r_next) / (r @ r)
+        r, p = r_next, r_next + beta * p
+        path.append(x)
+    return torch.stack(path)
+
+
+# %%
+# The ``cg`` that this tutorial trains with is the same loop, for a matrix
+# given as a function, with care for what can happen in practice. Its callback
+# collects the iterates, which are those of both loops above.
+
+from cgn_tutorial import cg
+
+
+def solve(A, b, **options):
+    path = [torch.zeros_like(b)]
+    result = cg(A, b, callback=path.append, **options)
+    return result, torch.stack(path)
+
+
+result, path = solve(A_12.mv, b_12, tol=0, atol=0)
+assert result.products == n
+torch.testing.assert_close(path, textbook_cg(A_12, b_12, n))
+torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
+
+# %%
+# This is its source, without the documentation, which the file ``cgn.py`` has.
+
+import inspect
+
+signature, documentation, body = inspect.getsource(cg).split('"""')
+print(signature.rstrip() + body)
+
+# %%
+# From top to bottom:
+#
+# - The ``_check`` functions refuse what cannot be solved, with a message that
+#   says why. An empty system is solved already.
+# - ``dot_rounding`` and ``largest`` are the limits of the number format, in
+#   units that the tests further down need.
+# - ``r`` is the residual at the start. Starting at zero, the default, saves
+#   the product :math:`A \cdot 0`.
+# - ``b_scale`` and ``scale`` are powers of two near the largest numbers in
+#   ``b`` and ``r``. Dividing by them is exact, and keeps the squares in
+#   :math:`\lVert r \rVert^2` from vanishing where gradients do: a ``b`` of
+#   size 1e-30 is as good as any, in float32 too.
+# - ``bound`` is where to stop, see `When to stop <#when-to-stop>`__;
+#   ``residuals`` records the norms that are compared with it.
+# - ``d`` is the path from the start, in units of ``scale``, and ``iterate``
+#   turns it into :math:`x`.
+# - ``z`` is the residual again, unless there is a preconditioner ``M``, see
+#   `Preconditioning <#preconditioning>`__. ``p`` is the first direction,
+#   ``rz`` the number :math:`r^\top r`.
+# - ``while``: until the residual is small enough, or ``maxiter`` products are
+#   spent.
+# - ``Ap``, ``pAp``, ``alpha``, ``d_next``, ``r_next``: the step, as in the
+#   textbook loop.
+# - ``_numbers`` fetches what the decisions need. On a GPU this waits for the
+#   device, so it happens once per step. ``_check_progress`` raises an error if
+#   a product is not finite or ``M`` not positive definite.
+# - ``flat``, ``stop``: the curvature :math:`p^\top A p` is not positive, see
+#   `Negative curvature <#negative-curvature>`__. ``finite``: the numbers of
+#   the step do not overflow. If it must not be taken, the solve ends with the
+#   iterate reached or, on the first step, with ``p``.
+# - The step is taken and reported. ``beta`` makes the next direction
+#   conjugate, as in the textbook loop.
+#
+# How fast
+# --------
+#
+# Nobody waits for as many steps as there are unknowns: a network has millions.
+# How fast does the error shrink on the way? After :math:`k` steps, the iterate
+# minimises the model over all combinations of :math:`b, A b, \ldots,
+# A^{k-1} b`, or, what is the same, the error in the norm
+# :math:`\lVert e \rVert_A = \sqrt{e^\top A e}`. A classical bound needs only
+# the condition number :math:`\kappa`, the ratio of the largest eigenvalue to
+# the smallest:
+#
+# .. math::
+#
+#    \frac{\lVert x_k - x \rVert_A}{\lVert x_0 - x \rVert_A}
+#    \le 2 \left( \frac{\sqrt{\kappa} - 1}{\sqrt{\kappa} + 1} \right)^k .
+#
+# Without the factor and the square roots, it is the one for gradient descent
+# (`Shewchuk (1994)
+# <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__
+# derives both). To gain a factor :math:`\varepsilon` it takes about
+# :math:`\tfrac{1}{2} \sqrt{\kappa} \ln(2 / \varepsilon)` steps instead of
+# :math:`\tfrac{1}{2} \kappa \ln(1 / \varepsilon)`.
+#
+# Diagonal matrices are enough to try it: rotating the axes rotates all the
+# iterates, and nothing else. That is checked first.
+
+eigenvalues = torch.linspace(1, 20, n).double()
+_, path_diagonal = solve(eigenvalues.mul, Q.T @ b_12, tol=0, atol=0)
+torch.testing.assert_close(path_diagonal @ Q.T, path)
+
+
+def errors(eigenvalues, steps):
+    b = torch.ones_like(eigenvalues)
+    result, path = solve(eigenvalues.mul, b, tol=1e-12, maxiter=steps)
+    error = (eigenvalues * (path - b / eigenvalues) ** 2).sum(1).sqrt()
+    return error / error[0], torch.tensor(result.residuals) / b.norm()
+
+
+# %%
+# Do the curves follow the bound, the dashed lines? Here are three matrices
+# with 3000 eigenvalues each, spread evenly between 1 and :math:`\kappa`.
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+products = {}
+for kappa, color in ((10, "blue"), (100, "green"), (1000, "orange")):
+    error, residual = errors(torch.linspace(1, kappa, 3000).double(), 250)
+    rate = (kappa**0.5 - 1) / (kappa**0.5 + 1)
+    bound = 2 * rate ** torch.arange(251).double()
+    assert (error <= bound[: len(error)]).all() and (error.diff() < 0).all()
+    style = {"color": COLORS[color], "marker": "os^"[len(products)], "ms": 4}
+    style |= {"markevery": 25, "label": f"κ = {kappa}"}
+    axes[0].semilogy(bound, "--", lw=1, color=COLORS[color])
+    axes[0].semilogy(error, **style)
+    axes[1].semilogy(residual, **style)
+    products[kappa] = (error > 1e-6).sum().item()
+print("products to an error below 1e-6, by κ:", products)
+assert 8 < products[1000] / products[10] < 11
+axes[0].legend()
+for ax, name in zip(axes, ("error (A-norm)", "residual"), strict=True):
+    ax.set(xlabel="products", ylabel=f"relative {name}", ylim=(1e-9, 10))
+_ = describe(
+    fig,
+    "Errors and residuals of conjugate gradients fall on straight lines on a"
+    " logarithmic axis, the steeper the smaller the condition number. Each"
+    " error curve stays just below its dashed bound.",
+)
+
+# %%
+# They do: :math:`\kappa` a hundred times as large takes about ten times the
+# products. The error shrinks at every step, because CG minimises it. It cannot
+# be seen in practice, where the solution is unknown; the residual can, and it
+# follows at the same rate.
+#
+# Clustered eigenvalues
+# ---------------------
+#
+# Is the condition number the whole story? For a diagonal matrix and a ``b`` of
+# ones, the entries of the residual :math:`r_k` are the values
+# :math:`q_k(\lambda_i)` of one polynomial of degree :math:`k` at the
+# eigenvalues, with :math:`q_k(0) = 1`, because the residual is a combination
+# of :math:`b, A b, \ldots, A^k b`. CG finds the polynomial that is smallest at
+# the eigenvalues, and nowhere else. Clusters make that easy: one zero in each
+# will do.
+#
+# To see the polynomials between the clusters too, add eigenvalues on a grid,
+# with entries of ``b`` so tiny that they watch without taking part.
+
+clusters = torch.tensor([20.0, 300.0, 1000.0]).double()
+clustered = (clusters[:, None] + torch.linspace(-0.5, 0.5, 100)).flatten()
+grid = torch.linspace(0, 1050, 200).double()
+weights = torch.cat([torch.ones(300), torch.full((200,), 1e-9)]).double()
+both = torch.cat([clustered, grid])
+_, path = solve(both.mul, weights, maxiter=3)
+polynomials = ((weights - both * path) / weights)[:, 300:]
+
+spectra = {
+    "spread evenly": torch.linspace(20, 1000, 300).double(),
+    "in three clusters": clustered,
+    "three values": clusters.repeat_interleave(100),
+}
+curves = {name: errors(values, 60)[0] for name, values in spectra.items()}
+for name, error in curves.items():
+    print(f"{name:17s}: {(error > 1e-6).sum():2d} products to 1e-6")
+assert (curves["three values"] > 1e-6).sum() == 3
+assert (curves["in three clusters"] > 1e-6).sum() < 15
+assert (curves["spread evenly"] > 1e-6).sum() > 40
+
+# %%
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+styles = {"blue": "-", "orange": "--", "green": "-."}.items()
+for k, (color, style) in enumerate(styles, start=1):
+    axes[0].plot(
+        grid, polynomials[k], style, c=COLORS[color], label=f"k = {k}"
+    )
+axes[0].plot(clusters, [0, 0, 0], "o", color="black", ms=4)
+axes[0].axhline(0, color="gray", lw=0.5)
+axes[0].set(xlabel="eigenvalue", ylabel="polynomial", ylim=(-1.1, 1.1))
+for (color, style), name in zip(styles, curves, strict=True):
+    axes[1].semilogy(curves[name], style, c=COLORS[color], label=name)
+axes[1].set(xlabel="products", ylabel="relative error (A-norm)")
+axes[1].set_ylim(1e-9, 10)
+for ax in axes:
+    ax.legend(fontsize=8)
+_ = describe(
+    fig,
+    "Left: polynomials of degree one to three, all one at zero; the third"
+    " passes through zero at the three clusters. Right: with evenly spread"
+    " eigenvalues the error falls slowly, with three clusters in stairs,"
+    " several times as fast; with three values it drops to zero at step 3.",
+)
+
+# %%
+# On the left, the polynomial of degree 3 has found all three clusters, the
+# black dots. On the right, all three matrices have nearly the same condition
+# number. Three distinct values take three steps, whatever the number of
+# unknowns. A curvature matrix with a few large eigenvalues and a crowd of tiny
+# ones, which damping moves together to :math:`\lambda`, is of the easy kind
+# (there are some among the `spectra <plot_1_newton_step.html#spectra>`__ of
+# page 1).
+#
+# Rounding
+# --------
+#
+# In exact arithmetic CG ends after at most as many steps as there are
+# unknowns. Does it in floating point? Take 60 unknowns and a condition number
+# of 1000, and go on for three times as long. There are two residuals now: the
+# one that the recurrence carries along, and :math:`b - A x`, computed here in
+# float64 for both number formats.
+
+
+def two_residuals(dtype):
+    eigenvalues = torch.logspace(0, 3, 60, dtype=dtype)
+    b = torch.ones(60, dtype=dtype)
+    options = {"tol": 0, "atol": 0, "negative_curvature": "ignore"}
+    result, path = solve(eigenvalues.mul, b, maxiter=180, **options)
+    true = b.double() - eigenvalues.double() * path.double()
+    norm = b.double().norm()
+    return torch.tensor(result.residuals) / norm, true.norm(dim=1) / norm
+
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+for dtype, color in ((torch.float32, "orange"), (torch.float64, "blue")):
+    carried, true = two_residuals(dtype)
+    name = str(dtype).removeprefix("torch.")
+    ax.semilogy(carried, "--", c=COLORS[color], label=f"{name}, recurrence")
+    ax.semilogy(true, c=COLORS[color], label=f"{name}, b − A x")
+    best = true.min() / torch.finfo(dtype).eps
+    print(f"{name}: {true[60]:.0e} after 60, at best {best:.0f} roundings")
+    assert true[60] > 1e-4 and true.max() > 1.5 and best > 1
+    assert carried[-1] < 0.1 * true[-1]
+    assert (carried / true - 1)[true > 0.01].abs().max() < 0.01
+ax.axvline(60, color="gray", lw=0.5)
+ax.set(xlabel="products", ylabel="relative residual", ylim=(1e-17, 10))
+ax.legend(loc="lower left", fontsize=8)
+_ = describe(
+    fig,
+    "Relative residuals in float32 and float64. Neither is small after 60"
+    " products, the thin vertical line. The recurrence's residuals go on"
+    " falling, the true ones level off, in float32 first.",
+)
+
+# %%
+# After 60 products, the thin line, neither is done: rounding spoils the
+# conjugacy to directions long past, and CG has to repeat itself. It gets there
+# later, but not below a floor of a few roundings, while the residual of the
+# recurrence goes on falling. ``cg`` stops by the latter, so that tolerances
+# near the rounding of the format, 1e-7 in float32, promise too much. Above one
+# hundredth the two residuals agree to a percent, so that the tolerance of
+# training, 0.1, means what it says.
+#
+# And the residual rises at first: what CG makes smaller at every step is the
+# error in its norm, not the residual.
+#
+# Preconditioning
+# ---------------
+#
+# What if the unknowns have different units? Scaling them badly raises the
+# condition number, and undoing it lowers it again. A preconditioner ``M`` is a
+# cheap approximation of :math:`A^{-1}`, symmetric positive definite. The
+# algorithm replaces the residual by :math:`z = M r` as the raw material of
+# directions and :math:`r^\top r` by :math:`r^\top z`, and is then the same as
+# CG on the rescaled system. The simplest one divides by the diagonal:
+
+n = 100
+W = torch.randn(n, n).double()
+scales = torch.logspace(-1, 1, n).double()
+A = scales[:, None] * (torch.eye(n) + W @ W.T / n) * scales
+b = torch.randn(n).double()
+
+
+def M(r):
+    return r / A.diagonal()
+
+
+plain, _ = solve(A.mv, b, maxiter=999)
+scaled, path = solve(A.mv, b, maxiter=999, M=M)
+print(f"products: {plain.products} without M, {scaled.products} with it")
+assert plain.converged and plain.products > 5 * scaled.products
+
+E = A.diagonal().sqrt()  # M = 1 / E²
+_, rescaled = solve((A / E / E[:, None]).mv, b / E, maxiter=scaled.products)
+torch.testing.assert_close(rescaled / E, path[: len(rescaled)])
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
+ax.semilogy(plain.residuals, "--", c=COLORS["orange"], label="without M")
+ax.semilogy(scaled.residuals, c=COLORS["blue"], label="with M")
+ax.axhline(1e-5 * b.norm(), color="gray", lw=0.5)
+ax.set(xlabel="products", ylabel="residual")
+ax.legend()
+_ = describe(
+    fig,
+    "With the preconditioner, the residual falls to the tolerance in a few"
+    " steps. Without it, it stays up for several times as many.",
+)
+
+# %%
+# The iterates are those of the rescaled system, as the last lines of the code
+# check. The thin line is the tolerance, which is about :math:`b - A x` in both
+# solves. For a network, a good ``M`` must itself come from products; the
+# tutorial goes without one, and relies on damping instead.
+#
+# Damping
+# -------
+#
+# From here on, a real matrix: the curvature of the tutorial's network with
+# respect to the 250 weights of its first layer, on a mini-batch of 64 images.
+# A short training with Adam leads to a point where the curvature is
+# interesting; then BackPACK leaves the products with the generalized
+# Gauss-Newton matrix (`GGN <plot_1_newton_step.html#generalized-gauss-newton>`__)
+# and with the `Hessian <plot_1_newton_step.html#hessian>`__ on the weights.
+# They run in float64.
+
+import warnings
+
+from backpack import backpack, extend
+from backpack.extensions import GGNMP, HMP
+
+from cgn_tutorial import make_model, mnist_loader, train
+
+torch.manual_seed(0)
+model, loss_function = make_model(), torch.nn.CrossEntropyLoss()
+adam = torch.optim.Adam(model.parameters(), lr=5e-3)
+loader = mnist_loader()
+_ = train(model, loss_function, adam, loader, steps=150)
+
+# %%
+
+images, labels = next(iter(loader))
+model, loss_function = extend(model.double()), extend(loss_function)
+loss = loss_function(model(images.double()), labels)
+with backpack(GGNMP(), HMP()), warnings.catch_warnings():
+    # The first layer's inputs need no gradient; torch warns, harmlessly.
+    warnings.filterwarnings("ignore", "Full backward hook is firing")
+    loss.backward()
+weight = model[0].weight
+g = weight.grad.flatten()
+
+
+def damped(product, damping):
+    @torch.no_grad()
+    def A(v):
+        return product(v.view(1, *weight.shape)).flatten() + damping * v
+
+    return A
+
+
+print(f"loss {loss:.2f}, ‖g‖ = {g.norm():.3f}, {g.numel()} weights")
+
+# %%
+# The GGN has no negative eigenvalues, so that damping by :math:`\lambda`
+# brings the condition number down to
+#
+# .. math::
+#
+#    \kappa = \frac{\lambda_{\max} + \lambda}{\lambda_{\min} + \lambda}
+#    \le 1 + \frac{\lambda_{\max}}{\lambda}.
+#
+# By the bound above, a damping ten times as small allows for
+# :math:`\sqrt{10} \approx 3` times as many products. How many does it take?
+
+dampings = {0.1: "-", 1e-2: "--", 1e-3: "-.", 1e-4: ":"}
+ggn = {damping: damped(weight.ggnmp, damping) for damping in dampings}
+solves = {lam: cg(A, -g, tol=1e-2) for lam, A in ggn.items()}
+print("damping  products  length of the step")
+for damping, result in solves.items():
+    length = result.x.norm()
+    print(f"{damping:7g}  {result.products:8d}  {length:18.2f}")
+
+products = torch.tensor([result.products for result in solves.values()])
+lengths = torch.stack([result.x.norm() for result in solves.values()])
+assert (products.diff() > 0).all() and (lengths.diff() > 0).all()
+assert (products[1:] / products[:-1] < 10**0.5).all() and products[-1] < 50
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+colors = ("blue", "green", "orange", "purple")
+for (damping, result), color in zip(solves.items(), colors, strict=True):
+    relative = torch.tensor(result.residuals) / g.norm()
+    style, label = dampings[damping], f"λ = {damping:g}"
+    ax.semilogy(relative, style, marker=".", c=COLORS[color], label=label)
+ax.set(xlabel="products", ylabel="relative residual")
+ax.legend()
+_ = describe(
+    fig,
+    "Relative residuals of four solves. The smaller the damping, the more"
+    " products it takes to bring the residual to a hundredth.",
+)
+
+# %%
+# Less damping costs products, and lengthens the step: :math:`\lambda` shortens
+# it most where the curvature is small, in the directions that CG finds last.
+# The growth stays below the factor :math:`\sqrt{10}`, and the solves take far
+# fewer products than there are unknowns.
+#
+# When to stop
+# ------------
+#
+# A step is taken on a model that is only local, of a loss on one mini-batch.
+# It need not be exact. ``cg`` ends as soon as
+#
+# .. math::
+#
+#    \lVert b - A x \rVert \le
+#    \max(\mathrm{tol} \cdot \lVert b \rVert, \mathrm{atol}),
+#
+# or after ``maxiter`` products. Each option has its task:
+#
+# - ``tol`` is the accuracy, relative to the gradient: 0.1 asks for one digit,
+#   whatever the scale of the loss.
+# - ``atol`` is the size, in the units of the gradient, below which a residual
+#   counts as zero. A gradient smaller than that costs no product, and its
+#   parameter stays where it is.
+# - ``maxiter`` is the budget: the solve takes at most so many products, and
+#   returns the iterate it has reached.
+
+A = ggn[1e-4]
+assert cg(A, -g, tol=0.1).products < cg(A, -g, tol=0.01).products
+assert cg(A, 1e-9 * g, tol=0.1, atol=1e-8).products == 0
+assert cg(A, -g, maxiter=4).products == 4
+
+# %%
+# Is a loose solve any good? For an optimizer, two things count. The first is
+# whether the step points downhill, :math:`b^\top x_k = -g^\top x_k > 0`. It
+# does: :math:`b - r_k` is a combination of vectors :math:`A p_i`, to which
+# :math:`p_k` is conjugate, so that
+# :math:`b^\top p_k = r_k^\top p_k = \lVert r_k \rVert^2`, and
+#
+# .. math::
+#
+#    b^\top x_k = \sum_{i < k} \alpha_i \lVert r_i \rVert^2 > 0
+#    \quad \text{as long as all } p_i^\top A p_i > 0.
+#
+# The second is how much of the model's possible decrease the step reaps. It
+# goes with the square of the error that CG minimises,
+# :math:`\phi(x_k) - \phi(x) = \tfrac{1}{2} \lVert x_k - x \rVert_A^2`. How
+# does the part of it that is still missing compare with the residual?
+
+
+def quadratic_model(path, A, b):
+    return torch.stack([x @ A(x) / 2 - b @ x for x in path])
+
+
+result, path = solve(A, -g, tol=1e-4)
+model_values = quadratic_model(path, A, -g)
+missing = 1 - model_values / model_values[-1]
+relative = torch.tensor(result.residuals) / g.norm()
+assert (path[1:] @ -g > 0).all() and (relative.diff() > 0).any()
+assert (model_values[relative > 1e-3].diff() < 0).all()
+
+k = (relative <= 0.1).int().argmax()  # where tol = 0.1 stops
+print(f"tol 0.1: after {k} of {result.products} products,")
+print(f"{missing[k]:.1%} of the decrease is missing")
+assert k < result.products / 2 and missing[k] < 0.2
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+ax.semilogy(relative, "o-", c=COLORS["orange"], ms=4, label="residual")
+ax.semilogy(missing[:-1], "s--", c=COLORS["blue"], ms=4, label="model value")
+ax.axhline(0.1, color="gray", lw=0.5)
+ax.set(xlabel="products", ylabel="part left", ylim=(1e-4, 2))
+ax.legend()
+_ = describe(
+    fig,
+    "The residual and the missing part of the model's decrease, both relative"
+    " to their start. The residual goes up and down on its way, the model"
+    " value falls at every product.",
+)
+
+# %%
+# The residual rises now and then, the model value falls at every product.
+# Where the residual crosses the thin line, a tolerance of 0.1, most of the
+# decrease is reaped, for less than half of the products. That is why training
+# runs with so loose a tolerance. Martens, `Deep learning via Hessian-free
+# optimization (2010)
+# <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, goes one
+# step further and stops by the progress of the model value itself.
+#
+# Negative curvature
+# ------------------
+#
+# The argument above needs :math:`p^\top A p > 0` for every direction. The
+# Hessian of a network does not promise that. What happens without it? The
+# smallest example has one direction of each kind:
+#
+# .. math::
+#
+#    A = \begin{bmatrix} 1 & 0 \\ 0 & -2 \end{bmatrix}, \qquad
+#    b = \begin{bmatrix} 1 \\ 2 \end{bmatrix}.
+#
+# Plain CG, ``negative_curvature="ignore"``, takes these steps:
+
+diagonal = torch.tensor([1.0, -2.0]).double()
+b = torch.tensor([1.0, 2.0]).double()
+plain, path = solve(diagonal.mul, b, negative_curvature="ignore")
+model_values = quadratic_model(path, diagonal.mul, b)
+steps = path.diff(dim=0)
+for k in range(2):
+    curvature = steps[k] @ (diagonal * steps[k]) / (steps[k] @ steps[k])
+    x1, x2 = path[k + 1].tolist()
+    print(f"step {k + 1}: curvature {curvature:5.2f},", end=" ")
+    print(f"x = ({x1:.2f}, {x2:.2f}), model {model_values[k + 1]:.2f}")
+
+torch.testing.assert_close(path[1], -5 / 7 * b)
+torch.testing.assert_close(path[2], b / diagonal)
+assert (model_values[1:] > 0).all() and (path[1:] @ b < 0).all()
+
+# %%
+# The first direction is :math:`p = b = (1, 2)`, downhill, with
+# :math:`p^\top A p = 1 - 8 = -7`. Along it the model falls without end; its
+# only stationary point is a maximum, at :math:`\alpha = 5 / (-7)`, and that is
+# where the formula goes: backwards, uphill. The second step then solves the
+# system, but the solution :math:`(1, -1)` is a saddle point, higher than the
+# start. As a step for an optimizer, both iterates point uphill. What can be
+# done instead?
+
+stopped = cg(diagonal.mul, b)
+print(f"{stopped.reason}: x = {stopped.x.tolist()}")
+assert stopped.reason == "negative curvature" and stopped.products == 1
+torch.testing.assert_close(stopped.x, b)
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+contours(ax, torch.diag(diagonal), b, torch.zeros(2), 2.1)
+ax.plot(*path.T, "o--", color=COLORS["orange"], label="plain CG")
+ends = torch.stack([path[0], stopped.x])
+ax.plot(*ends.T, "s-", color=COLORS["blue"], label="stopped")
+ax.set(xlabel="$x_1$", ylabel="$x_2$")
+ax.legend(loc="lower right")
+_ = describe(
+    fig,
+    "Contours of a saddle. From the origin, plain CG first goes backwards,"
+    " uphill, then to the saddle point. The stopped solve goes along b,"
+    " downhill.",
+)
+
+# %%
+# The remedy is Steihaug's, `The Conjugate Gradient Method and Trust Regions in
+# Large Scale Optimization (1983) <https://doi.org/10.1137/0720042>`__: stop
+# at the first direction with :math:`p^\top A p \le 0`. Up to there all
+# curvatures are positive, so that by the sum above :math:`b^\top x_k > 0`: the
+# iterate points downhill. If it is the very first direction, there is no
+# iterate yet, and ``cg`` returns :math:`b = -g`, a step of gradient descent.
+# (Steihaug, who bounds the length of the step, follows the direction to that
+# bound.)
+#
+# Does it matter for the network? Here is the Hessian of its first layer, with
+# the tutorial's damping and tolerance, solved in both ways.
+
+A = damped(weight.hmp, 1e-2)
+options = {"tol": 0.1, "maxiter": 40}
+stopped, _ = solve(A, -g, **options)
+plain, path = solve(A, -g, negative_curvature="ignore", **options)
+model_values = quadratic_model(path, A, -g)
+last = stopped.products - 1
+print(f"stopped after {stopped.products} products: {stopped.reason}")
+print(f"model value {model_values[last]:.3f}")
+print(f"plain CG after {plain.products} products: {plain.reason}")
+print(f"model value {model_values[-1]:.3f}")
+
+assert stopped.reason == "negative curvature" and -g @ stopped.x > 0
+torch.testing.assert_close(stopped.x, path[last])
+assert model_values[last + 1] > model_values[last]
+assert (model_values[last + 1 :].diff() > 0).any()
+assert plain.products > 2 * stopped.products
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+ax.plot(model_values, "o--", c=COLORS["orange"], ms=4, label="plain CG")
+ax.plot(model_values[: last + 1], "s-", c=COLORS["blue"], label="stopped")
+ax.axhline(0, color="gray", lw=0.5)
+ax.set(xlabel="products", ylabel="quadratic model")
+ax.legend()
+_ = describe(
+    fig,
+    "The quadratic model over the products. Up to the first negative"
+    " curvature it falls; there the stopped solve ends. Plain CG jumps up"
+    " and goes on, up and down.",
+)
+
+# %%
+# The two solves agree until the first direction of negative curvature. There
+# one ends, with a step that points downhill. The other one steps to a maximum
+# along that direction, its model value jumps up and then goes on up and down,
+# for several times the products. Where it ends is an accident: what plain CG
+# converges to is a saddle point of the model, not a minimum.
+#
+# Against SciPy
+# -------------
+#
+# Is this the method that everybody else calls CG? SciPy's ``cg`` solves the
+# damped GGN system on the same products, with the same stopping rule.
+
+import numpy as np
+from scipy.sparse import linalg
+
+
+def product(v):
+    return ggn[1e-3](torch.from_numpy(v)).numpy()
+
+
+operator = linalg.LinearOperator((250, 250), product, dtype=np.float64)
+theirs = []
+linalg.cg(
+    operator,
+    -g.numpy(),
+    rtol=0.1,
+    callback=lambda x: theirs.append(x.copy()),
+)
+result, ours = solve(ggn[1e-3], -g, tol=0.1)
+theirs = torch.tensor(np.array(theirs))
+difference = (theirs - ours[1:]).norm() / theirs.norm()
+print(f"{len(theirs)} iterates each, relative difference {difference:.0e}")
+assert len(theirs) == result.products and difference < 1e-10
+
+# %%
+# The same iterates, up to rounding. What the tutorial's ``cg`` adds is what
+# training asks for: tensors of any shape on any device, and a stop at negative
+# curvature.
+#
+# A product, a damping and a tolerance: that is a Newton step. The `main page
+# <plot_3_matrix_free_optimization.html>`__ makes an optimizer of it.

@@ -1,0 +1,21 @@
+"""Matrix-free second-order optimization in PyTorch."""
+
+from cgn_tutorial.cgn import CGNOptimizer, CGResult, Solve, cg
+from cgn_tutorial.data import load_mnist, load_published_run, mnist_loader
+from cgn_tutorial.models import make_model
+from cgn_tutorial.training import History, accuracy, default_device, train
+
+__all__ = [
+    "CGNOptimizer",
+    "CGResult",
+    "History",
+    "Solve",
+    "accuracy",
+    "cg",
+    "default_device",
+    "load_mnist",
+    "load_published_run",
+    "make_model",
+    "mnist_loader",
+    "train",
+]
