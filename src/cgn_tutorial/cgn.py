@@ -107,8 +107,8 @@ def cg(
     Raises:
         TypeError: `b` is not real floating point, or A, M or `x0` disagree with its dtype.
         ValueError: Shapes or devices disagree, an option is out of range, `b` or `x0` is not
-            finite, or M is not positive definite.
-        RuntimeError: A or M returned a number that is not finite; the message says when.
+            finite, or rᵀMr is not positive.
+        RuntimeError: A returned a number that is not finite; the message says when.
 
     Note:
         On a GPU, each iteration waits for the device once, to decide whether to stop, and each
