@@ -5,6 +5,9 @@ import systems
 import torch
 from hypothesis import settings
 
+# `nox -s downloads` and `nox -s rebuild` run these, in environments of their own.
+collect_ignore = ["downloads.py", "rebuild.py"]
+
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 

@@ -523,8 +523,9 @@ class CGNOptimizer(Optimizer):
             if product is None:
                 raise RuntimeError(
                     f"{names[p]} has a gradient, but no curvature product .{self._savefield}: call "
-                    "loss.backward() inside `with backpack(optimizer.bp_extension):`. A product "
-                    "serves one step. Nothing has been changed."
+                    "loss.backward() inside `with backpack(optimizer.bp_extension):`, or, for "
+                    "products by autograd, optimizer.bp_extension.backward(loss, outputs). A "
+                    "product serves one step. Nothing has been changed."
                 )
             block = self._block(p, product, groups, names)
             blocks.append(block)

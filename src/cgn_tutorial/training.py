@@ -105,6 +105,7 @@ def train(
         history.seconds.append(time.perf_counter() - start)
         history.accuracy.append(accuracy(outputs, targets))
         history.solves.append(list(getattr(optimizer, "solves", [])))
+        del loss, outputs  # else their graph lives on while the next one is built
         if log_every and i % log_every == 0:
             bar.write(
                 f"Iteration {i:3d}/{steps - 1:3d}  Minibatch Loss {history.loss[-1]:.5f}  "
