@@ -12,6 +12,10 @@ changes, the *curvature*, and steps straight to where a quadratic model of the l
 This page builds that formula up from one dimension: what the gradient :math:`g`, the curvature
 :math:`C`, the damping :math:`\lambda` and the step size :math:`\gamma` do, which matrices serve as
 :math:`C` for a neural network, and how to use a matrix too large to store.
+
+To run this page yourself, download it from its end, and install its package:
+``pip install`` and the address that stands on the site's `front page
+<../index.html#run-it-yourself>`__.
 """
 
 # %%
@@ -43,8 +47,8 @@ def newton_step(x, lam=0.0):
 
 
 # %%
-# Where does the step land from three different points? Each panel shows the loss, the parabola
-# that touches it at the start (circle), and the step.
+# Where does the step land from three different points? Each panel shows the loss (solid), the
+# parabola (dashed) that touches it at the start (circle), and where the step lands (cross).
 
 import matplotlib.pyplot as plt
 
@@ -123,15 +127,25 @@ assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 
 # %%
 # A smaller :math:`\gamma` mends the overshoot, but not the lie: half a step uphill is still uphill.
-# A damping larger than the negative curvature, :math:`\lambda > -C`, turns the parabola over, and
-# the step points downhill again.
+# A damping larger than the size of the negative curvature, :math:`\lambda > -C`, turns the
+# parabola over, and the step points downhill again.
 #
 # Two dimensions
 # --------------
 #
-# With several parameters, :math:`g` is the gradient, :math:`C` a matrix, and :math:`v` solves the
-# linear system at the top of this page. What does that buy? Below, the second parameter is scaled
-# so that it curves 20 times as much as the first. Gradient descent has one step size for both.
+# With several parameters, :math:`g` is the gradient, :math:`C` a symmetric matrix, and the damped
+# model is
+#
+# .. math::
+#
+#     q(v) = L(x) + g^\top v + \tfrac{1}{2}\, v^\top (C + \lambda I)\, v .
+#
+# Its gradient :math:`g + (C + \lambda I)\, v` vanishes where :math:`v` solves the linear system at
+# the top of this page. If all eigenvalues of :math:`C + \lambda I` are positive, this is the
+# minimum, and :math:`v` points downhill: :math:`g^\top v = -v^\top (C + \lambda I)\, v < 0`.
+#
+# What does that buy? Take :math:`L(x) = \tfrac{1}{2} (x_1^2 + 20\, x_2^2)`, where the second
+# parameter curves 20 times as much as the first. Gradient descent has one step size for both.
 
 C = torch.diag(torch.tensor([1.0, 20.0]))
 start = torch.tensor([10.0, 1.0])
@@ -169,14 +183,16 @@ fig, axes = plt.subplots(2, 1, figsize=(7, 3.8), sharex=True)
 for ax in axes:
     value = (first**2 + 20 * second**2) / 2
     ax.contour(first, second[:, 0], value, colors="gray", linewidths=0.5)
-    ax.set(aspect="equal", ylabel="second")
+    ax.set(aspect="equal", ylabel="second parameter")
 blue, orange, green = COLORS["blue"], COLORS["orange"], COLORS["green"]
 axes[0].plot(*descent.T, "o-", ms=3, c=blue, label="gradient descent")
 axes[0].plot(*one_step.T, "X--", c=orange, label="Newton")
-axes[1].plot(*damped.T, c=green, label="Newton, all λ")
+axes[1].plot(
+    *damped.T, c=green, label="Newton, λ from $10^4$ (right) to $10^{-3}$"
+)
 axes[1].plot(*downhill.T, ":", c=blue, label="−g")
 for ax in axes:
-    ax.legend(loc="lower left", fontsize=8, framealpha=0.5)
+    ax.legend(loc="upper left", fontsize=8, framealpha=0.5)
 _ = axes[1].set_xlabel("first parameter")
 _ = describe(
     fig,
@@ -188,10 +204,11 @@ _ = describe(
 
 # %%
 # Gradient descent bounces between the steep walls and creeps along the flat floor. Newton divides
-# each direction by its own curvature: where :math:`C` has the eigenvalue :math:`\mu`, the step is
-# :math:`-g / (\mu + \lambda)`. Directions with :math:`\mu \gg \lambda` take the Newton step,
-# directions with :math:`\mu \ll \lambda` take a gradient step :math:`-g / \lambda`. A large
-# damping is gradient descent with the learning rate :math:`\gamma / \lambda`.
+# each direction by its own curvature: along an eigenvector of :math:`C` with eigenvalue
+# :math:`\mu`, the step is :math:`-g_\mu / (\mu + \lambda)`, with the component :math:`g_\mu` of
+# :math:`g`. Directions with :math:`\mu \gg \lambda` take the undamped Newton step, directions with
+# :math:`\mu \ll \lambda` a gradient step :math:`-g_\mu / \lambda`. A damping far above all
+# eigenvalues is gradient descent with the learning rate :math:`\gamma / \lambda`.
 
 lam = 1e4
 v = torch.linalg.solve(C + lam * eye, -g)
@@ -277,12 +294,16 @@ assert smallest < 0
 #
 # .. math::
 #
-#     \nabla L = J^\top \nabla_f \ell, \qquad
-#     H = \underbrace{J^\top H_L\, J}_{\text{GGN}}
-#       + \underbrace{\sum_k \frac{\partial \ell}{\partial f_k} \nabla^2 f_k}_{\text{residual}} .
+#     \begin{aligned}
+#     \nabla L &= J^\top \nabla_f \ell, &
+#     H &= G + R, \\
+#     G &= J^\top H_L\, J, &
+#     R &= \sum_k \frac{\partial \ell}{\partial f_k} \nabla^2 f_k ,
+#     \end{aligned}
 #
-# The **generalized Gauss-Newton** matrix (GGN) keeps the first term and drops the second, the
-# curvature of the network itself. It is the exact Hessian for a network that is linear in its
+# where :math:`k` counts the outputs of all images. The **generalized Gauss-Newton** matrix (GGN)
+# :math:`G` keeps the first term and drops the *residual* :math:`R`, the curvature of the network
+# itself. It is the exact Hessian for a network that is linear in its
 # parameters, and close to it where the outputs' gradients :math:`\partial \ell / \partial f_k` are
 # small. It is positive semi-definite whenever the loss is convex in the *outputs*, as
 # cross-entropy and squared error are:
@@ -304,7 +325,7 @@ H_L = loss_hessians(outputs(x_init))
 G = torch.einsum("nki,nkl,nlj->ij", J, H_L, J)
 residual = (H - G).norm() / H.norm()
 smallest = torch.linalg.eigvalsh(G)[0]
-print(f"the residual is {residual:.0%} of the Hessian")
+print(f"the residual has {residual:.0%} of the Hessian's norm")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
 
@@ -313,9 +334,10 @@ assert smallest > -1e-14
 # --------------------------
 #
 # Can the residual be repaired instead of dropped? Follow the Hessian backwards through the
-# network, one image at a time. Let :math:`H_z` be the Hessian with respect to :math:`z = W h + b`,
-# the outcome of a linear layer, where :math:`h = \sigma(a)` comes from the layer below. The chain
-# rule, now for one layer, gives
+# network, one image at a time. Let :math:`H_z` be the Hessian of the loss with respect to
+# :math:`z = W h + b`, the output of a linear layer, whose input :math:`h = \sigma(a)` is the
+# sigmoid of the output :math:`a` of the linear layer below. The chain rule, now for one layer,
+# gives :math:`H_a`, which then serves as the :math:`H_z` of the layer below:
 #
 # .. math::
 #
@@ -324,15 +346,15 @@ assert smallest > -1e-14
 #         + \operatorname{diag}\bigl(\sigma''(a) \odot \delta\bigr), \qquad
 #     \delta = \frac{\partial L}{\partial h} .
 #
-# The recursion starts from the convex loss, with :math:`H_L`, and every term keeps the sign but
-# one: :math:`r = \sigma''(a) \odot \delta`, this layer's part of the residual, has entries of
-# either sign. The **positive-curvature Hessian** (PCH) replaces them by :math:`|r|` (*abs*) or by
-# :math:`\max(r, 0)` (*clip*), layer by layer; replacing them by 0 gives the GGN, leaving them as
-# they are the Hessian. So it drops the negative part of the residual's diagonal, or its sign, and
-# it is positive semi-definite since all terms now are. It is not the Hessian with its negative
-# eigenvalues cut off. The idea is due to `Chen, Chou and Chang, "BDA-PCH: Block-Diagonal
-# Approximation of Positive-Curvature Hessian for Training Neural Networks" (2018)
-# <https://arxiv.org/abs/1802.06502>`__.
+# The recursion starts from the convex loss, with :math:`H_L`, and every term stays positive
+# semi-definite but one: :math:`r = \sigma''(a) \odot \delta`, this layer's part of the residual,
+# has entries of either sign. The **positive-curvature Hessian** (PCH) replaces them by
+# :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), layer by layer; replacing them by 0
+# gives the GGN, leaving them as they are gives the Hessian. So *abs* drops the sign of
+# :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
+# are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen,
+# Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for
+# Training Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
 
@@ -369,15 +391,16 @@ def forward(x):
 def curvature_blocks(x, residual):
     h, z = forward(x)
     H = loss_hessians(z)
-    delta = (z.softmax(1) - one_hot(labels)) / len(z)
+    g_z = (z.softmax(1) - one_hot(labels)) / len(z)  # ∂L/∂z
     blocks = []
     for W_l, h_l in zip(split(tiny, x)[-2::-2], h[::-1], strict=True):
         B = torch.einsum("nij,nk,nl->ikjl", H, h_l, h_l)
         blocks = [B.reshape(W_l.numel(), -1), H.sum(0), *blocks]
         s1 = h_l * (1 - h_l)  # σ', and σ'' below
-        r = residual(s1 * (1 - 2 * h_l), delta @ W_l)
+        delta = g_z @ W_l  # ∂L/∂h
+        r = residual(s1 * (1 - 2 * h_l), delta)
         H = s1[:, :, None] * (W_l.T @ H @ W_l) * s1[:, None, :]
-        H, delta = H + r.diag_embed(), s1 * (delta @ W_l)
+        H, g_z = H + r.diag_embed(), s1 * delta
     return blocks
 
 
@@ -404,7 +427,8 @@ for name, dense in ("Hessian", H), ("GGN", G):
 
 # %%
 # How much of the matrix do the blocks hold? Here are the full Hessian and the full GGN, each row
-# and column one parameter, with the blocks outlined.
+# and column one parameter, with the blocks outlined. Colours are linear up to :math:`10^{-4}` and
+# logarithmic beyond.
 
 from matplotlib.colors import SymLogNorm
 from matplotlib.patches import Rectangle
@@ -463,14 +487,15 @@ for n in sum(p.numel() for p in model.parameters()), 10**9:
 
 # %%
 # Nobody stores the second one. Yet solvers such as `conjugate gradients
-# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector, and that costs no
-# more memory than a few vectors. The Hessian is the Jacobian of the gradient and symmetric, so
-# that one more backward pass gives :math:`H v`, an idea of `Pearlmutter, "Fast Exact
-# Multiplication by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__. The GGN's
-# product is read off its definition from right to left: :math:`J v`, then :math:`H_L (J v)`, then
-# :math:`J^\top (H_L J v)`. PyTorch's ``vjp`` returns a function's value and the product with its
-# transposed Jacobian. As :math:`u \mapsto J^\top u` is linear with the matrix :math:`J^\top`, a
-# second ``vjp`` transposes it back to :math:`J`.
+# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector, and that takes about
+# the memory of a few gradients. The Hessian is the Jacobian of the gradient and symmetric, so that
+# one more backward pass, through the gradient, gives :math:`H v`. That the product needs no matrix
+# is due to `Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994)
+# <https://doi.org/10.1162/neco.1994.6.1.147>`__, who differentiates forwards along :math:`v`.
+# The GGN's product is read off its definition from right to left: :math:`J v`, then :math:`H_L
+# (J v)`, then :math:`J^\top (H_L J v)`. PyTorch's ``vjp`` returns a function's value and the
+# product with its transposed Jacobian. As :math:`u \mapsto J^\top u` is linear with the matrix
+# :math:`J^\top`, a second ``vjp`` transposes it back to :math:`J`.
 
 from functools import partial
 
@@ -538,8 +563,8 @@ for name, median in medians.items():
 # `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__, which computes them during the backward
 # pass and leaves on each parameter a function ``[V, *p.shape] → [V, *p.shape]`` that multiplies V
 # vectors at once. Is it the same matrix? All unit vectors at once give all of its columns. The
-# functions read what the latest backward pass left in the modules, another one would break them,
-# and so BackPACK gets a copy of the network to itself.
+# functions read what the latest backward pass left in the modules. As another pass would break
+# them, BackPACK gets a copy of the network to itself.
 
 import copy
 
@@ -587,8 +612,9 @@ for modify in ("abs", "clip"):
 # %%
 # BackPACK 1.7.1 multiplies by :math:`\delta` twice, where the definition does so once. With a mean
 # over many images :math:`\delta` is small, and its square all but removes the residual. What page 3
-# calls PCH, and the run it repeats, is this variant. It is still positive semi-definite, but here
-# hardly more than the GGN. The spectra below are those of the definition.
+# calls PCH, and the run it repeats, is this variant. It is still positive semi-definite, but it
+# goes by the sign of :math:`\sigma''` alone, and is here hardly more than the GGN. The spectra
+# below are those of the definition.
 #
 # Spectra
 # -------
@@ -612,7 +638,9 @@ for name, x in (("initialisation", x_init), ("trained", x_trained)):
 assert loss(x_trained) < 0.1 * loss(x_init)
 
 # %%
-# Below, each mark is one eigenvalue of the block-diagonal matrix.
+# Below, each mark is one eigenvalue of the block-diagonal matrix, on an axis that is linear up to
+# :math:`10^{-5}` and logarithmic beyond. The printed table lists, for both points, how many are
+# negative, the smallest and the largest.
 
 
 def spectrum(x, name):
@@ -624,12 +652,15 @@ def spectrum(x, name):
 
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 for ax, x in zip(axes, (x_init, x_trained), strict=True):
+    print("at initialisation" if x is x_init else "trained")
     for row, name in enumerate(RESIDUALS):
         mu = spectrum(x, name)
         up, down = mu[mu > -1e-14], mu[mu < -1e-14]
         ax.plot(up, 0 * up + row, "|", ms=14, c=COLORS["blue"])
         ax.plot(down, 0 * down + row, "x", c=COLORS["red"])
-        print(f"{name:9}  negative: {len(down):2}  {mu[0]:8.1e} {mu[-1]:.2f}")
+        print(
+            f"  {name:9}  negative: {len(down):2}  {mu[0]:8.1e} {mu[-1]:.2f}"
+        )
         assert (len(down) > 0) == (name == "Hessian")
     ax.set_xscale("symlog", linthresh=1e-5)
     ax.set(xlabel="eigenvalue", xticks=[-1e-3, 0, 1e-3, 1e-1])
@@ -645,9 +676,9 @@ _ = describe(
 
 # %%
 # Only the Hessian has negative eigenvalues (crosses), more of them at initialisation. With
-# training the outputs approach the labels, :math:`\delta` shrinks, and the residual with it: the
-# most negative eigenvalue is now close to 0. All four have a few large eigenvalues and many close
-# to 0.
+# training the predicted probabilities approach the labels, the loss's gradient shrinks, with it
+# :math:`\delta`, and with that the residual: the most negative eigenvalue is now close to 0. All
+# four have a few large eigenvalues and many close to 0.
 
 lowest = [spectrum(x, "Hessian")[0] for x in (x_init, x_trained)]
 assert 0 > lowest[1] > 0.1 * lowest[0]
@@ -677,11 +708,12 @@ _ = describe(
 )
 
 # %%
-# Damping is a floor: eigenvalues above :math:`\lambda` hardly change, those near 0 become
-# :math:`\lambda`. The Hessian keeps its eigenvalues below :math:`-\lambda` negative; a larger
-# :math:`\lambda` lifts them all. The condition number, the largest eigenvalue over the smallest,
-# drops from infinity to about :math:`\mu_{\max} / \lambda` for the other three;
-# `it decides how many steps conjugate gradients take <plot_2_conjugate_gradients.html>`__.
+# Damping is a floor for the three semi-definite ones: eigenvalues far above :math:`\lambda` hardly
+# change, those near 0 become about :math:`\lambda`. The Hessian's eigenvalues below
+# :math:`-\lambda` stay negative, until :math:`\lambda` exceeds the size of the most negative one.
+# The condition number, the largest eigenvalue :math:`\mu_1` over the smallest, drops from infinity
+# to :math:`\mu_1 / \lambda + 1` for the other three; it `bounds how many steps conjugate gradients
+# take <plot_2_conjugate_gradients.html#how-fast>`__.
 
 for lam in (1e-3, 1e-2):
     print(f"λ = {lam}:")
@@ -710,8 +742,8 @@ assert abs(g @ u) < 1e-14
 
 # %%
 # Then :math:`G v = -g` has no unique solution: with :math:`v`, also :math:`v + t u` solves it, for
-# any :math:`t`. Small batches add more null directions. Each image contributes at most as many
-# ranks as it has classes, less one: 64 images of ten classes reach at most 64 × 9 = 576 of 21,840.
+# any :math:`t`. Small batches add more null directions. Each image adds at most the number of
+# classes less one to the rank: 64 images of ten classes reach at most 64 × 9 = 576 of 21,840.
 
 few = torch.einsum("nki,nkl,nlj->ij", J[:5], H_L[:5], J[:5])
 rank = torch.linalg.matrix_rank(few).item()
