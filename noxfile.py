@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.2"
@@ -16,11 +19,20 @@ nox.options.sessions = ["lint", "tests"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 SOURCE = "docs"
 SITE = "docs/_build/html"
+WHEEL = "docs/_build/wheel"
 
 
 def install(session: nox.Session, *groups: str) -> None:
     """Install the package, in place, and the named dependency groups."""
     session.install("-e", ".", *nox.project.dependency_groups(PYPROJECT, *groups))
+
+
+def build_wheel(session: nox.Session) -> None:
+    """Build the wheel that the site offers, in place of an earlier one."""
+    shutil.rmtree(WHEEL, ignore_errors=True)
+    session.run(
+        "hatchling", "build", "--target", "wheel", "--directory", str(Path(WHEEL).resolve())
+    )
 
 
 @nox.session
@@ -37,6 +49,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("codespell")
+    session.run("actionlint")
     session.run("mypy")
 
 
@@ -44,6 +57,7 @@ def lint(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the site, docs/_build/html/index.html, running the tutorial's pages that changed."""
     install(session, "docs")
+    build_wheel(session)
     session.run("sphinx-build", "-W", "-n", "-b", "html", SOURCE, SITE, *session.posargs)
 
 
@@ -52,9 +66,49 @@ def docs_live(session: nox.Session) -> None:
     """Build the site, serve it, and build it again whenever a file changes."""
     install(session, "docs")
     session.install("sphinx-autobuild>=2024.10")
+    build_wheel(session)
     watched = [arg for folder in ("src", "examples") for arg in ("--watch", folder)]
     ignored = ["--ignore", "*/docs/auto_examples/*", "--ignore", "*/docs/api/*"]
     session.run("sphinx-autobuild", *watched, *ignored, SOURCE, SITE, *session.posargs)
+
+
+@nox.session
+def downloads(session: nox.Session) -> None:
+    """Run what the built site offers for download, with nothing of the project but its wheel."""
+    wheel = Path(SITE) / f"cgn_tutorial-{PYPROJECT['project']['version']}-py3-none-any.whl"
+    if not wheel.exists():
+        session.error(f"{wheel} is missing: build the site first, nox -s docs")
+    session.install(str(wheel), *nox.project.dependency_groups(PYPROJECT, "downloads"))
+    session.run("pytest", "--verbose", "--noconftest", "tests/downloads.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what steps and products cost, and write docs/bench, which the site shows."""
+    install(session)
+    session.run("python", "tests/benchmarks/bench.py", *session.posargs)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Look at every page of the built site in a browser; arguments go to pytest."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "site"))
+    session.run("pytest", "--confcutdir=tests/site", "tests/site", *session.posargs)
+
+
+@nox.session
+def linkcheck(session: nox.Session) -> None:
+    """Follow the site's links to other sites, which needs a network."""
+    install(session, "docs")
+    session.run("sphinx-build", "-b", "linkcheck", SOURCE, "docs/_build/linkcheck")
+
+
+@nox.session
+def rebuild(session: nox.Session) -> None:
+    """Check what a second build of a small site runs again, and what a failing page leaves."""
+    install(session, "docs")
+    session.install("pytest>=8")
+    session.run("pytest", "--verbose", "--noconftest", "tests/rebuild.py", *session.posargs)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,19 @@ project = "Matrix-free second-order optimization"
 author = "The cgn-tutorial authors"
 project_copyright = f"2026, {author}"
 version = release = metadata.version("cgn-tutorial")
+wheel = f"cgn_tutorial-{version}-py3-none-any.whl"
 
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "gallery",
+    "head",
     "mathml",
+    "promises",
 ]
 exclude_patterns = ["_build", "auto_examples/*.ipynb", "sg_execution_times.rst"]
 default_role = "literal"
@@ -63,13 +67,25 @@ sphinx_gallery_conf = {
     "inspect_global_variables": False,
 }
 
-html_context = {"default_mode": "auto"}
+templates_path = ["_templates"]
+html_context = {"default_mode": "light"}  # without scripts; with them, as the system has it
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]
-html_extra_path = ["../src/cgn_tutorial/cgn.py"]
+html_extra_path = [
+    "../src/cgn_tutorial/cgn.py",
+    "../src/cgn_tutorial/curvature.py",
+    *map(str, Path(__file__).parent.glob(f"_build/wheel/{wheel}")),  # built by nox
+]
 html_css_files = ["site.css"]
 html_baseurl = os.environ.get("SITE_URL", "")
+if html_baseurl:
+    html_baseurl = html_baseurl.rstrip("/") + "/"
+rst_epilog = f"""
+.. |wheel| replace:: {html_baseurl}{wheel}
+.. _wheel: {wheel}
+"""
+html_domain_indices = False  # an index of two modules
 html_copy_source = False
 html_show_sourcelink = False
 html_show_search_summary = (

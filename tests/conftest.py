@@ -5,8 +5,8 @@ import systems
 import torch
 from hypothesis import settings
 
-# `nox -s downloads` and `nox -s rebuild` run these, in environments of their own.
-collect_ignore = ["downloads.py", "rebuild.py"]
+# `nox -s downloads`, `nox -s rebuild` and `nox -s site` run these, in environments of their own.
+collect_ignore = ["downloads.py", "rebuild.py", "site"]
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")

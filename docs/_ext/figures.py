@@ -6,6 +6,7 @@ both. For the dark theme black and white change places. The backgrounds are tran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,6 @@ from matplotlib.artist import Artist
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-# The same drawing gives the same bytes.
-mpl.rcParams["svg.hashsalt"] = "figures"
-
 INK, PAPER = "#ced6dd", "#14181e"  # the dark theme's text and background
 SWAPPED = {"black": INK, "white": PAPER}
 
@@ -28,12 +26,14 @@ RST = """
 .. image:: /{light}
    :class: only-light
    :alt: {alt}
+   {size}
 
 .. rst-class:: figure-dark
 
 .. image:: /{dark}
    :class: only-dark
    :alt: {alt}
+   {size}
 """
 
 
@@ -58,6 +58,7 @@ def scrape(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any])
                 light=light.relative_to(source).as_posix(),
                 dark=dark.relative_to(source).as_posix(),
                 alt=alt,
+                size=size(light),
             )
         )
     plt.close("all")
@@ -65,8 +66,18 @@ def scrape(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any])
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save as SVG, without a date."""
-    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    """Save as SVG, so that the same drawing gives the same bytes."""
+    with mpl.rc_context({"svg.hashsalt": "figures"}):  # before each page, all settings are reset
+        figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+
+
+def size(path: Path) -> str:
+    """How large a figure is, so that the page keeps its place until it comes into view."""
+    found = re.search(r'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', path.read_text("utf-8"))
+    if not found:
+        raise ValueError(f"{path} does not say how large it is.")
+    width, height = (round(float(points) * 4 / 3) for points in found.groups())
+    return f":width: {width}\n   :height: {height}\n   :loading: lazy"
 
 
 def swap_ink(figure: Figure) -> None:

@@ -1,17 +1,39 @@
-"""The gallery runs its pages again when the package changed, and highlights code they print."""
+"""What the site adds to Sphinx-Gallery.
+
+Pages run again when the package changed, notebooks work away from the site, and code that a page
+prints is highlighted.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
+import re
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from urllib.parse import urljoin
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx_gallery.downloads import generate_zipfiles
+from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
+from sphinx_gallery.notebook import jupyter_notebook
+from sphinx_gallery.py_source_parser import split_code_and_text_blocks
+from sphinx_gallery.utils import zip_files
 
 PACKAGE = Path(__file__).parents[2] / "src" / "cgn_tutorial"
+FIGURES = Path(__file__).with_name("figures.py")
+
+#: A notebook's first cell, with the address of the wheel, or its file's name where there is none.
+INSTALL = """\
+# Install the package where it is missing{place}.
+import importlib.util
+
+if importlib.util.find_spec("cgn_tutorial") is None:
+    %pip install --quiet {address}{wheel}
+"""
 
 
 def forget_results(app: Sphinx) -> None:
@@ -22,15 +44,74 @@ def forget_results(app: Sphinx) -> None:
     """
     gallery = Path(app.srcdir) / "auto_examples"
     stamp = gallery / ".package"
-    digest = hashlib.sha256(
-        b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))
-    ).hexdigest()
+    digest = package_digest()
     if stamp.exists() and stamp.read_text() == digest:
         return
     for md5 in gallery.rglob("*.md5"):
         md5.unlink()
     gallery.mkdir(exist_ok=True)
     stamp.write_text(digest)
+
+
+def package_digest() -> str:
+    """A sum of everything that the pages run with: the package, its data, how figures are saved."""
+    digest = hashlib.sha256()
+    for path in (FIGURES, *sorted(PACKAGE.rglob("*"))):
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(hashlib.sha256(path.name.encode()).digest())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def write_notebooks(app: Sphinx) -> None:
+    """Write the notebooks in place of Sphinx-Gallery's, and pack the downloads again."""
+    gallery = Path(app.srcdir) / "auto_examples"
+    for page in gallery.glob("plot_*.py"):
+        made = json.dumps(notebook(page, app.config.html_baseurl, app.config.wheel), indent=1)
+        path = page.with_suffix(".ipynb")
+        if not path.exists() or path.read_text() != made:
+            path.write_text(made)
+            zip_files([page, path], page.with_suffix(".zip"), gallery)
+    generate_zipfiles(gallery, app.srcdir, app.config.sphinx_gallery_conf)
+
+
+def notebook(page: Path, address: str, wheel: str) -> dict[str, Any]:
+    """A page as a notebook, whose first cell installs the package.
+
+    Args:
+        page: The page's source.
+        address: The site's, with a slash at its end, or nothing.
+        wheel: The name of the package's wheel at that address.
+
+    Returns:
+        The notebook, as JSON has it.
+    """
+    place = "" if address else ", from its wheel beside this notebook"
+    conf = DEFAULT_GALLERY_CONF | {
+        "first_notebook_cell": INSTALL.format(place=place, address=address, wheel=wheel),
+        "promote_jupyter_magic": False,
+    }
+    _, blocks = split_code_and_text_blocks(str(page))
+    made: dict[str, Any] = jupyter_notebook(blocks, conf, str(page.parent))
+    for cell in made["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"(\]\([^()\s]+\))_", r"\1", "".join(cell["source"]))  # of `text <url>`__
+            cell["source"] = [
+                re.sub(
+                    r"\[([^][]+)\]\((?!https?:)([^()\s]+)\)",
+                    lambda link: _absolute(link[1], link[2], page, address),
+                    text,
+                )
+            ]
+    return made
+
+
+def _absolute(text: str, target: str, page: Path, address: str) -> str:
+    """A link within the site as a notebook has it: with the address, or to another notebook."""
+    if address:
+        return f"[{text}]({urljoin(f'{address}auto_examples/{page.stem}.html', target)})"
+    other = target.partition("#")[0].replace(".html", ".ipynb")
+    return f"[{text}]({other})" if other.startswith("plot_") else text
 
 
 def highlight_printed_source(app: Sphinx, doctree: nodes.document) -> None:
@@ -46,7 +127,9 @@ def highlight_printed_source(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Connect both to the build, the first before Sphinx-Gallery looks at the pages."""
+    """Connect all to the build, before Sphinx-Gallery looks at the pages, after it, and later."""
+    app.add_config_value("wheel", "", "html", str)
     app.connect("builder-inited", forget_results, priority=100)
+    app.connect("builder-inited", write_notebooks, priority=900)
     app.connect("doctree-read", highlight_printed_source)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,18 +1,23 @@
 """Matrix-free second-order optimization in PyTorch."""
 
 from cgn_tutorial.cgn import CGNOptimizer, CGResult, Solve, cg
+from cgn_tutorial.curvature import GGN, BlockProduct, Hessian, layers
 from cgn_tutorial.data import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.models import make_model
 from cgn_tutorial.training import History, accuracy, default_device, train
 
 __all__ = [
+    "GGN",
+    "BlockProduct",
     "CGNOptimizer",
     "CGResult",
+    "Hessian",
     "History",
     "Solve",
     "accuracy",
     "cg",
     "default_device",
+    "layers",
     "load_mnist",
     "load_published_run",
     "make_model",

@@ -323,8 +323,8 @@ class CGNOptimizer(Optimizer):
     solved before any parameter moves.
 
     Use it in place of `torch.optim.SGD` where the gradient vanishes or is badly scaled; `damping`
-    and `lr` are the knobs to turn. A step costs up to `maxiter` products per block, each about as
-    much as a gradient, and single mini-batches give noisy curvature: prefer large batches. Where
+    and `lr` are the knobs to turn. A step costs up to `maxiter` products per block, each worth up
+    to a few gradients, and single mini-batches give noisy curvature: prefer large batches. Where
     SGD or Adam already make good progress per second, they usually win.
 
     Args:

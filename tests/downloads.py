@@ -1,0 +1,219 @@
+"""What the built site offers for download works away from it, with nothing but the site's wheel.
+
+The package that the tests run with is the one that a notebook's first cell installs, here from a
+local server in place of the site's address.
+"""
+
+import ast
+import functools
+import html
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+import tomllib
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "docs" / "_build" / "html"
+SOURCES = {page.name: page.read_bytes() for page in (ROOT / "examples").glob("plot_*.py")}
+SCRIPTS = sorted(SITE.glob("_downloads/*/plot_*.py"), key=lambda path: path.name)
+NOTEBOOKS = sorted(SITE.glob("_downloads/*/plot_*.ipynb"), key=lambda path: path.name)
+MAIN = "plot_3_matrix_free_optimization"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+WHEEL = SITE / f"cgn_tutorial-{VERSION}-py3-none-any.whl"
+pages = functools.partial(pytest.mark.parametrize, ids=lambda path: path.name)
+
+
+def notebook(path):
+    return nbformat.reads(path.read_text(), as_version=4)
+
+
+def prose(path):
+    """The prose of a notebook, without its literals and formulas."""
+    cells = [cell.source for cell in notebook(path).cells if cell.cell_type == "markdown"]
+    return re.sub(r"``.+?``|\$.+?\$", "", "\n\n".join(cells), flags=re.DOTALL)
+
+
+def execute(made, folder):
+    NotebookClient(made, timeout=900, resources={"metadata": {"path": folder}}).execute()
+    return [output for cell in made.cells for output in cell.get("outputs", [])]
+
+
+def installed():
+    """Where a new interpreter of this environment finds the package."""
+    find = "from importlib.util import find_spec as find; print(find('cgn_tutorial'))"
+    return subprocess.check_output([sys.executable, "-I", "-c", find], text=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def requests(tmp_path_factory):
+    """Let the first cell of a notebook install the package; return what it asked the server for."""
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(self.path)
+
+    subprocess.run([sys.executable, "-m", "pip", "uninstall", "--yes", "cgn-tutorial"], check=True)
+    assert installed() == "None\n"
+    handler = functools.partial(Handler, directory=SITE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        first = notebook(NOTEBOOKS[0])
+        (cell,) = first.cells = first.cells[:1]
+        at_site, here = rf"\S*{re.escape(WHEEL.name)}", f"http://127.0.0.1:{server.server_port}"
+        cell.source, count = re.subn(at_site, f"{here}/{WHEEL.name}", cell.source)
+        assert count == 1
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("PIP_NO_INDEX", "1")  # what the package needs is there
+            environment.setenv("PIP_NO_CACHE_DIR", "1")
+            environment.setenv("NO_PROXY", "127.0.0.1")
+            for _ in range(2):
+                execute(first, tmp_path_factory.mktemp("empty"))
+        server.shutdown()
+    return requests
+
+
+def test_the_first_cell_installs_the_wheel_where_the_package_is_missing_and_only_there(requests):
+    assert requests == [f"/{WHEEL.name}"]
+    assert f"origin='{sys.prefix}" in installed()
+
+
+@pages("path", NOTEBOOKS)
+def test_every_notebook_begins_with_that_cell(path):
+    assert notebook(path).cells[0].source == notebook(NOTEBOOKS[0]).cells[0].source
+
+
+def test_every_page_has_a_script_and_a_notebook():
+    assert [path.name for path in SCRIPTS] == sorted(SOURCES)
+    assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SCRIPTS]
+
+
+@pages("path", SCRIPTS)
+def test_a_script_is_the_source_that_the_build_ran(path):
+    assert path.read_bytes() == SOURCES[path.name]
+
+
+@pages("path", SCRIPTS)
+def test_a_script_says_how_to_install_the_package(path):
+    assert "pip install" in ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pages("path", NOTEBOOKS)
+def test_a_notebook_has_the_scripts_code(path):
+    _, *cells = [cell.source for cell in notebook(path).cells if cell.cell_type == "code"]
+    code = ast.parse(SOURCES[f"{path.stem}.py"]).body[1:]  # after the docstring
+    assert ast.dump(ast.parse("\n".join(cells))) == ast.dump(ast.Module(code, type_ignores=[]))
+
+
+@pages("path", NOTEBOOKS)
+def test_a_notebook_shows_no_raw_markup(path):
+    assert not re.findall(
+        r":[a-z:]+:`|^ *\.\. |`_|\]\([^)]*\)_|<[^>]*>`", prose(path), re.MULTILINE
+    )
+
+
+@pages("path", NOTEBOOKS)
+def test_a_notebooks_links_lead_somewhere_from_anywhere(path):
+    links = re.findall(r"\]\(([^)]+)\)", prose(path))
+    notebooks = {other.name for other in NOTEBOOKS}
+    assert links
+    assert [link for link in links if not link.startswith("http") and link not in notebooks] == []
+
+
+@pages("path", NOTEBOOKS)
+def test_a_notebook_runs_in_an_empty_folder(path, tmp_path):
+    outputs = execute(notebook(path), tmp_path)
+    assert outputs
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert not list(tmp_path.iterdir())
+
+
+def losses(text):
+    """The runs in the main page's log: the line before each, its losses and accuracies in turn."""
+    runs, previous = [], ""
+    number = re.compile(r"Iteration +(\d+)/ *50  Minibatch Loss (\S+)  Accuracy (\S+)$")
+    for line in text.splitlines():
+        if match := number.match(line):
+            step, *figures = match.groups()
+            if step == "0":
+                runs.append((previous, []))
+            runs[-1][1].extend(map(float, figures))
+        elif line.strip():
+            previous = line.strip()
+    return runs
+
+
+def test_the_main_script_runs_in_an_empty_folder_and_prints_the_pages_numbers(tmp_path):
+    (script,) = (path for path in SCRIPTS if path.stem == MAIN)
+    finished = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", script],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    assert not list(tmp_path.iterdir())
+
+    page = (SITE / "auto_examples" / f"{MAIN}.html").read_text()
+    there = losses(html.unescape(re.sub(r"<[^>]+>", "", page)))
+    here = losses(finished.stdout)
+    labels = ["GGN", "Hessian", "PCH-abs", "PCH-clip"]
+    labels += [f"SGD, lr={lr}" for lr in ("10", "1", "0.1", "0.01", "0.001")]
+    assert [label for label, _ in here][:9] == [label for label, _ in there][:9] == labels
+    assert len(here) == len(there) == 10
+    for (label, script_figures), (_, page_figures) in zip(here[:9], there[:9], strict=True):
+        assert len(script_figures) == len(page_figures) == 12
+        if label == "Hessian":  # chaotic with plain CG: only its first step is the same
+            assert script_figures[:2] == page_figures[:2]
+        else:
+            assert script_figures[::2] == pytest.approx(
+                page_figures[::2], abs=1e-4 if label.startswith("SGD") else 2e-3
+            )
+            assert script_figures[1::2] == pytest.approx(page_figures[1::2], abs=1 / 64 + 1e-5)
+
+
+def packed(path):
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None
+        return {name: file.read(name) for name in file.namelist()}
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("auto_examples_python.zip", SCRIPTS),
+        ("auto_examples_jupyter.zip", NOTEBOOKS),
+        *((f"{a.stem}.zip", [a, b]) for a, b in zip(SCRIPTS, NOTEBOOKS, strict=True)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} files",
+)
+def test_a_zip_has_the_same_files(name, files):
+    (path,) = SITE.glob(f"_downloads/*/{name}")
+    assert packed(path) == {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("name", ["cgn.py", "curvature.py"])
+def test_the_files_to_copy_are_the_packages(name):
+    source = (ROOT / "src" / "cgn_tutorial" / name).read_bytes()
+    assert (SITE / name).read_bytes() == source
+    assert packed(WHEEL)[f"cgn_tutorial/{name}"] == source
+
+
+def test_the_wheel_has_all_of_the_package():
+    package = ROOT / "src" / "cgn_tutorial"
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    source = {str(path.relative_to(ROOT / "src")): path.read_bytes() for path in files}
+    assert {
+        name: data for name, data in packed(WHEEL).items() if ".dist-info/" not in name
+    } == source
