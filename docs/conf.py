@@ -72,6 +72,7 @@ html_context = {"default_mode": "light"}  # without scripts; with them, as the s
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_extra_path = [
     "../src/cgn_tutorial/cgn.py",
     "../src/cgn_tutorial/curvature.py",

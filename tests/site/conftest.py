@@ -1,0 +1,122 @@
+"""What the tests of the built site share: the pages, a server, one browser, and the tally.
+
+`nox -s site` runs them, in an environment of its own.
+"""
+
+import collections
+import functools
+import http.server
+import shutil
+import threading
+from pathlib import Path
+
+import playwright.sync_api
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "docs" / "_build" / "html"
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.relative_to(SITE).parts
+)
+TALLY: collections.Counter[str] = collections.Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shots", type=Path, help="save a picture of every page in this folder")
+
+
+def pytest_configure(config):
+    if "index.html" not in PAGES:
+        pytest.exit(f"There is no site in {SITE}: build it first, nox -s docs", returncode=2)
+    if not shutil.which("chromium"):
+        pytest.exit("There is no chromium on PATH: apt-get install chromium", returncode=2)
+
+
+def pytest_generate_tests(metafunc):
+    if "path" in metafunc.fixturenames:
+        metafunc.parametrize("path", PAGES)
+    if "address" in metafunc.fixturenames:
+        metafunc.parametrize("address", ["http", "file"], indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("checked")
+    for what, count in sorted(TALLY.items()):
+        terminalreporter.write_line(f"{count:6}  {what}")
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves the site as its host does: what is missing gets the site's own page for that."""
+
+    def log_message(self, *args):
+        pass
+
+    def send_error(self, code, message=None, explain=None):
+        body = (SITE / "404.html").read_bytes()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The address of the site on a local server."""
+    handler = functools.partial(Handler, directory=SITE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    with playwright.sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def address(request, server):
+    """Where the site is: on a server, or in the file system."""
+    return server if request.param == "http" else SITE.as_uri()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open pages in a browser that has seen none before; problems collects what goes wrong."""
+    contexts = []
+
+    def visit(url, **options):
+        # Colours change at once, so that nothing is looked at half way.
+        defaults = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
+        contexts.append(chromium.new_context(**defaults | options))
+        page = contexts[-1].new_page()
+        page.problems, page.requests, page.responses = [], [], []
+        page.on("pageerror", lambda error: page.problems.append(f"script: {error}"))
+        page.on("console", lambda line: line.type == "error" and page.problems.append(line.text))
+        page.on("requestfailed", lambda request: page.problems.append(f"failed: {request.url}"))
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.on("response", lambda response: page.responses.append(response))
+        page.goto(url)
+        page.evaluate("document.fonts.ready")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def tally():
+    """Count what was checked, for the list at the end."""
+
+    def tally(what, count=1):
+        assert count > 0, f"no {what} to check"
+        TALLY[what] += count
+
+    return tally

@@ -1,0 +1,182 @@
+"""Every page, as a browser shows it: over HTTP and from files, light and dark, wide and narrow."""
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import SITE
+
+THEMES = ("light", "dark")
+WIDTHS = (375, 1280)
+MAIN = "auto_examples/plot_3_matrix_free_optimization.html"
+
+#: What a page shows, in one look. Text is what is neither code nor a formula.
+LOOK = r"""
+() => {
+  const shown = (element) => element.getClientRects().length > 0;
+  const files = (kind) => [...document.querySelectorAll(`article img.only-${kind}`)].filter(shown);
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const text = [];
+  while (walker.nextNode()) {
+    const parent = walker.currentNode.parentElement;
+    if (!parent.closest("math, pre, code, script, style, noscript"))
+      text.push(walker.currentNode.data);
+  }
+  const formulas = [...document.querySelectorAll("math")];
+  const images = [...document.querySelectorAll("img")].filter(shown);
+  const pairs = document.querySelectorAll("article img.only-light").length;
+  return {
+    theme: document.documentElement.dataset.theme,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    formulas: formulas.length,
+    emptyFormulas: formulas.filter((formula) => {
+      const {width, height} = formula.getBoundingClientRect();
+      return !(width > 3 && height > 3);
+    }).map((formula) => formula.textContent),
+    mathFont: !formulas.length || document.fonts.check('16px "STIX Two Math Site"', "𝑥"),
+    raw: text.join("").match(/\\[a-zA-Z]+|\$[^$\n]+\$|:[a-z]+:`|^\.\. |`__/gm) ?? [],
+    pairs,
+    figures: {light: files("light").length, dark: files("dark").length},
+    broken: images.filter((image) => !image.naturalWidth).map((image) => image.src),
+    words: document.querySelector("article")?.innerText.replace(/\s+/g, " ").trim(),
+  };
+}
+"""
+
+#: Pictures load as they come near the screen: bring each there.
+LOAD_ALL = """
+async () => {
+  for (const image of document.querySelectorAll("img[loading=lazy]")) {
+    if (!image.getClientRects().length) continue;
+    image.scrollIntoView();
+    await image.decode();
+  }
+  scrollTo(0, 0);
+}
+"""
+
+#: Colour contrast depends on a token's class alone: axe looks at one of each, or it takes minutes.
+THIN_OUT_CODE = """
+() => {
+  const seen = new Set();
+  for (const token of [...document.querySelectorAll(".highlight span[class]")]) {
+    const kind = token.className + Boolean(token.closest(".sphx-glr-script-out"));
+    if (seen.has(kind) && !token.closest("a")) token.replaceWith(...token.childNodes);
+    seen.add(kind);
+  }
+  document.body.normalize();
+}
+"""
+
+
+def check(look, theme, tally):
+    """Check one look at a page."""
+    assert look["theme"] == theme
+    assert look["overflow"] <= 0, "the page scrolls sideways"
+    assert look["emptyFormulas"] == []
+    assert look["mathFont"], "the font of formulas did not load"
+    assert look["raw"] == []
+    assert look["broken"] == []
+    assert look["figures"] == {"light": 0, "dark": 0} | {theme: look["pairs"]}
+    tally("page × theme × width × address: no sideways scroll, no raw markup, no broken image")
+    if look["formulas"]:
+        tally("formulas × theme × width × address: visible, in their font", look["formulas"])
+    if look["pairs"]:
+        tally("figures × theme × width × address: in the theme's version alone", look["pairs"])
+
+
+def ours(page, address):
+    """Check that a page asked for nothing from elsewhere, and that nothing went wrong."""
+    strangers = [url for url in page.requests if not url.startswith((address, "data:"))]
+    assert strangers == []
+    assert page.problems == []
+
+
+def test_page(path, address, visit, tally, request):
+    looks = []
+    for width in WIDTHS:
+        page = visit(f"{address}/{path}", viewport={"width": width, "height": 900})
+        for theme in THEMES:
+            page.emulate_media(color_scheme=theme)
+            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+            page.evaluate(LOAD_ALL)
+            looks.append(page.evaluate(LOOK))
+            check(looks[-1], theme, tally)
+            if theme == "light" and address.startswith("http"):
+                total = sum(len(response.body()) for response in page.responses)
+                assert 0 < total < (1_500_000 if path == MAIN else 2_500_000)
+                tally("page × width: bytes within the limit")
+            if folder := request.config.getoption("--shots"):
+                name = f"{path.replace('/', '-')}.{theme}.{width}.png"
+                page.screenshot(path=folder / name, full_page=True)
+        ours(page, address)
+        tally("page × width × address: no error, no request to another host")
+
+    page = visit(f"{address}/{path}", java_script_enabled=False, color_scheme="dark")
+    look = page.evaluate(LOOK)
+    check(look | {"broken": []}, "light", lambda *_: None)  # pictures load as they scroll into view
+    looks.append(look)
+    assert len({look["words"] for look in looks}) == 1
+    tally("page × address: reads the same without JavaScript")
+
+
+def test_page_is_accessible(path, server, visit, tally):
+    for width in WIDTHS:
+        page = visit(f"{server}/{path}", viewport={"width": width, "height": 900})
+        page.evaluate(THIN_OUT_CODE)
+        for theme in THEMES:
+            page.emulate_media(color_scheme=theme)
+            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+            found = Axe().run(page, options={"resultTypes": ["violations"], "preload": False})
+            assert [
+                (violation["id"], [node["html"] for node in violation["nodes"]])
+                for violation in found.response["violations"]
+            ] == []
+            tally("page × theme × width: axe-core without a violation")
+
+
+def test_keyboard_reaches_everything(path, server, visit, tally):
+    page = visit(f"{server}/{path}")
+    page.evaluate("document.activeElement.blur()")
+    expected = page.evaluate("""
+        () => {
+          const all = document.querySelectorAll("a[href], button, input, summary, [tabindex='0']");
+          window.missing = new Set([...all].filter((element) => element.checkVisibility()
+              && !element.disabled && element.tabIndex >= 0));
+          window.unseen = [];
+          document.addEventListener("focusin", ({target}) => {
+            window.missing.delete(target);
+            const style = getComputedStyle(target);
+            if (style.opacity < 0.5 || style.visibility === "hidden")
+              window.unseen.push(target.outerHTML);
+          });
+          return window.missing.size;
+        }""")
+    for presses in range(2 * expected + 20):  # boxes that scroll stop the Tab key, too
+        page.keyboard.press("Tab")
+        if presses % 10 == 9 and not page.evaluate("window.missing.size"):
+            break
+    assert page.evaluate("[...window.missing].map((element) => element.outerHTML)") == []
+    assert page.evaluate("window.unseen") == []
+    tally("links, buttons and fields: reached by the keyboard, and seen there", expected)
+
+
+@pytest.mark.parametrize("where", ["missing.html", "nowhere/at/all/missing.html"])
+def test_missing_page_leads_back(where, server, visit, tally):
+    page = visit(f"{server}/{where}")
+    base = page.locator("base")
+    if base.count():
+        # The site is built for an address; look at it as its host would answer there.
+        host = base.get_attribute("href")
+        page.route(
+            f"{host}**",
+            lambda route: route.fulfill(path=SITE / route.request.url[len(host) :].split("?")[0]),
+        )
+        page.goto(f"{server}/{where}")
+        assert (
+            page.get_by_role("link", name="first page").evaluate("a => a.href")
+            == f"{host}index.html"
+        )
+    elif "/" not in where:
+        page.get_by_role("link", name="first page").click()
+        page.wait_for_url("**/index.html")
+    assert page.locator("h1").count() == 1
+    tally("missing page: has the site's own page")
