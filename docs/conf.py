@@ -79,6 +79,7 @@ html_extra_path = [
     *map(str, Path(__file__).parent.glob(f"_build/wheel/{wheel}")),  # built by nox
 ]
 html_css_files = ["site.css"]
+html_sidebars = {page: [] for page in ("api", "benchmarks", "misuse", "notation")}  # no subpages
 html_baseurl = os.environ.get("SITE_URL", "")
 if html_baseurl:
     html_baseurl = html_baseurl.rstrip("/") + "/"
@@ -102,3 +103,5 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
 }
+
+linkcheck_ignore = ["(?!https?:)"]  # links within the site are followed by `nox -s site`
