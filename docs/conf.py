@@ -79,7 +79,9 @@ html_extra_path = [
     *map(str, Path(__file__).parent.glob(f"_build/wheel/{wheel}")),  # built by nox
 ]
 html_css_files = ["site.css"]
-html_sidebars = {page: [] for page in ("api", "benchmarks", "misuse", "notation")}  # no subpages
+html_sidebars: dict[str, list[str]] = {
+    page: [] for page in ("api", "benchmarks", "misuse", "notation")
+}  # no subpages
 html_baseurl = os.environ.get("SITE_URL", "")
 if html_baseurl:
     html_baseurl = html_baseurl.rstrip("/") + "/"

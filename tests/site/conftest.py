@@ -6,9 +6,11 @@
 import collections
 import functools
 import http.server
+import re
 import shutil
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import playwright.sync_api
 import pytest
@@ -20,6 +22,8 @@ PAGES = sorted(
     for path in SITE.rglob("*.html")
     if "_static" not in path.relative_to(SITE).parts
 )
+#: The address that the site is built for, which its page for missing ones starts from, if any.
+BASE = "".join(re.findall(r'<base href="(.*?)"', (SITE / "404.html").read_text())) if PAGES else ""
 TALLY: collections.Counter[str] = collections.Counter()
 
 
@@ -86,6 +90,11 @@ def address(request, server):
     return server if request.param == "http" else SITE.as_uri()
 
 
+def file(url):
+    """The file at an address below the one that the site is built for."""
+    return SITE / (urlsplit(url.removeprefix(BASE)).path or "index.html")
+
+
 @pytest.fixture
 def visit(chromium):
     """Open pages in a browser that has seen none before; problems collects what goes wrong."""
@@ -96,6 +105,8 @@ def visit(chromium):
         defaults = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
         contexts.append(chromium.new_context(**defaults | options))
         page = contexts[-1].new_page()
+        if BASE:
+            page.route(f"{BASE}**", lambda route: route.fulfill(path=file(route.request.url)))
         page.problems, page.requests, page.responses = [], [], []
         page.on("pageerror", lambda error: page.problems.append(f"script: {error}"))
         page.on("console", lambda line: line.type == "error" and page.problems.append(line.text))
