@@ -1,7 +1,7 @@
 """Matrix-free second-order optimization in PyTorch."""
 
 from cgn_tutorial.cgn import CGNOptimizer, CGResult, Solve, cg
-from cgn_tutorial.curvature import GGN, BlockProduct, Hessian, layers
+from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
 from cgn_tutorial.data import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.models import make_model
 from cgn_tutorial.training import History, accuracy, default_device, train
@@ -11,6 +11,7 @@ __all__ = [
     "BlockProduct",
     "CGNOptimizer",
     "CGResult",
+    "Curvature",
     "Hessian",
     "History",
     "Solve",

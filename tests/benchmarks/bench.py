@@ -268,7 +268,7 @@ def bench_steps(quick: bool) -> tuple[list[Row], Figure]:
 
     table: list[Row] = [
         {
-            "": label,
+            "run": label,
             "milliseconds per step": summary(milliseconds[label], 0),
             "times as fast": summary(ratios[label]),
             "products per step": f"{statistics.fmean(run.products):.1f}"
@@ -533,7 +533,7 @@ def bench_products(quick: bool) -> list[Row]:
     theirs = {label: ours.pop("BackPACK " + label, None) for label in list(ours)}
     return [
         {
-            "": label,
+            "computation": label,
             "milliseconds": summary([1e3 * s for s in values]),
             "in forward and backward passes": summary(np.divide(values, ours[gradient]).tolist()),
             "BackPACK, milliseconds": summary([1e3 * s for s in theirs[label] or ()])
@@ -687,7 +687,7 @@ def bench_tried(quick: bool) -> list[Row]:
                 run.step()
     return [
         {
-            "": label,
+            "variant": label,
             "products per step": f"{np.mean([run.products for run in group]):.1f}",
             "milliseconds per step": f"{1e3 * np.mean([run.seconds for run in group]):.0f}",
         }
@@ -782,7 +782,7 @@ def machine() -> list[Row]:
         "System": platform.system(),
         "Date": datetime.now(UTC).date().isoformat(),
     }
-    return [{"Measured on": key, "": value} for key, value in facts.items()]
+    return [{"Measured on": key, "this machine": value} for key, value in facts.items()]
 
 
 def write(table: Sequence[Row], path: Path) -> None:
