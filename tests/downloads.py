@@ -203,6 +203,12 @@ def test_a_zip_has_the_same_files(name, files):
     assert packed(path) == {file.name: file.read_bytes() for file in files}
 
 
+def test_one_zip_has_everything():
+    files = [*SCRIPTS, *NOTEBOOKS, SITE / "cgn.py", SITE / "curvature.py", WHEEL]
+    expected = {file.name: file.read_bytes() for file in files}
+    assert packed(SITE / "everything.zip") == expected
+
+
 @pytest.mark.parametrize("name", ["cgn.py", "curvature.py"])
 def test_the_files_to_copy_are_the_packages(name):
     source = (ROOT / "src" / "cgn_tutorial" / name).read_bytes()

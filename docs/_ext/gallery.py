@@ -1,7 +1,7 @@
 """What the site adds to Sphinx-Gallery.
 
-Pages run again when the package changed, notebooks work away from the site, and code that a page
-prints is highlighted.
+Pages run again when the package changed, notebooks work away from the site, one archive has all
+downloads, and code that a page prints is highlighted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 from urllib.parse import urljoin
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -106,6 +107,19 @@ def notebook(page: Path, address: str, wheel: str) -> dict[str, Any]:
     return made
 
 
+def pack_everything(app: Sphinx, exception: Exception | None) -> None:
+    """Pack everything that the site offers for download into one archive."""
+    if exception or app.builder.format != "html":
+        return
+    site, gallery = Path(app.outdir), Path(app.srcdir) / "auto_examples"
+    files = [*gallery.glob("plot_*.py"), *gallery.glob("plot_*.ipynb")]
+    files += [*site.glob("*.py"), *site.glob("*.whl")]
+    with ZipFile(site / "everything.zip", "w") as archive:
+        for file in sorted(files):
+            entry = ZipInfo(file.name)  # without a date: the same files give the same bytes
+            archive.writestr(entry, file.read_bytes(), compress_type=ZIP_DEFLATED)
+
+
 def _absolute(text: str, target: str, page: Path, address: str) -> str:
     """A link within the site as a notebook has it: with the address, or to another notebook."""
     if address:
@@ -132,4 +146,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("builder-inited", forget_results, priority=100)
     app.connect("builder-inited", write_notebooks, priority=900)
     app.connect("doctree-read", highlight_printed_source)
+    app.connect("build-finished", pack_everything)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
