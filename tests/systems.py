@@ -61,7 +61,7 @@ def linear_systems(
     starts: list[str | None] = STARTS,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
     condition: float = 1e6,
-    scales: tuple[float, ...] = (0.0, 1e-25, 1.0, 1e20),
+    scales: tuple[float, ...] = (0.0, 1e-12, 1.0, 1e10),
 ) -> System:
     """Systems of all kinds; `scales` are those of b."""
     global drawn
@@ -93,7 +93,7 @@ def linear_systems(
     solution = normal(n) * scale
     # Half of the right-hand sides are in the range of a singular A.
     b = matrix @ solution if start == "exact" or draw(st.booleans()) else normal(n) * scale
-    x0 = {None: None, "random": normal(n), "wild": normal(n) * 1e20, "exact": solution}[start]
+    x0 = {None: None, "random": normal(n), "wild": normal(n) * 1e10, "exact": solution}[start]
     return System(
         matrix.to(dtype),
         b.to(dtype).view(shape),

@@ -71,7 +71,7 @@ def test_never_uses_more_products_than_promised(system, maxiter):
     result = cg(
         lambda v: calls.append(v) or system.A(v), system.b, system.x0, maxiter=maxiter, atol=0
     )
-    most = system.b.numel() if maxiter is None else maxiter
+    most = 10 * system.b.numel() if maxiter is None else maxiter
     assert result.products == len(calls) <= most + (system.x0 is not None)
 
 
@@ -84,7 +84,15 @@ def test_quadratic_model_never_ends_above_its_start(system):
 
 
 @many_systems()
-@given(linear_systems(starts=[None], scales=(1e-25, 1.0, 1e20)), st.integers(1, 12))
+@given(linear_systems(), st.sampled_from(["stop", "ignore"]))
+def test_model_is_the_change_of_the_quadratic_model(system, negative_curvature):
+    xs, result = iterates(system, atol=0, negative_curvature=negative_curvature)
+    largest = max(x.double().norm().item() for x in xs)
+    assert abs(result.model - system.model(result.x)) <= system.rounding(xs) * largest
+
+
+@many_systems()
+@given(linear_systems(starts=[None], scales=(1e-12, 1.0, 1e10)), st.integers(1, 12))
 def test_result_is_a_descent_direction_from_zero(system, maxiter):
     x = cg(system.A, system.b, maxiter=maxiter, atol=0).x
     slope = (system.b.double() * x.double()).sum()
@@ -106,7 +114,8 @@ def test_never_changes_b_or_x0(system, negative_curvature):
 @many_systems()
 @given(linear_systems(**TAME, condition=100, scales=(1.0,)))
 def test_n_steps_suffice_for_n_unknowns(system):
-    assert cg(system.A, system.b, system.x0, atol=0).converged
+    n = system.b.numel()
+    assert cg(system.A, system.b, system.x0, atol=0, maxiter=n).converged
 
 
 @many_systems()
@@ -153,9 +162,9 @@ def test_follows_scipy_step_by_step(system, preconditioned, steps):
 
 
 @many_systems()
-@given(linear_systems(starts=[None], scales=(1.0,)), st.sampled_from([-80, 60]))
+@given(linear_systems(starts=[None], scales=(1.0,)), st.sampled_from([-24, 24]))
 def test_scale_of_b_changes_nothing_else(system, exponent):
-    scale = 2.0**exponent  # about 1e-24 and 1e18
+    scale = 2.0**exponent  # about 6e-8 and 2e7
     plain = cg(system.A, system.b, atol=0)
     scaled = cg(system.A, system.b * scale, atol=0)
     assert scaled.reason == plain.reason
@@ -274,11 +283,40 @@ def test_works_in_the_dtype_and_on_the_device_of_b(dtype, device):
     assert residual <= (0.1 + 60 * torch.finfo(dtype).eps) * b.double().norm()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("extreme", ["tiny", "max"])
-def test_works_at_the_ends_of_the_dtypes_range(dtype, extreme):
-    b = torch.tensor([1.0, -0.5, 0.25], dtype=dtype) * getattr(torch.finfo(dtype), extreme)
-    assert torch.equal(cg(lambda v: 4 * v, b, atol=0).x, b / 4)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_have_the_range_of_float32(dtype):
+    """Of 300,000 ones, the square of the norm and that of a norm above 255 overflow float16."""
+    b = torch.ones(300_000, dtype=dtype)
+    assert torch.equal(cg(torch.clone, b).x, b)
+    large = torch.full((4,), 300.0, dtype=dtype)
+    result = cg(lambda v: v / 4, large)
+    assert result.converged
+    assert torch.equal(result.x, 4 * large)
+    tiny = torch.full((4,), torch.finfo(torch.float16).tiny, dtype=dtype)
+    assert torch.equal(cg(lambda v: v * 4, tiny, atol=0).x, tiny / 4)
+
+
+def test_definite_matrices_are_positive_in_bfloat16():
+    diagonal = torch.tensor([1.0, 1000.0], dtype=torch.bfloat16)
+    b = torch.tensor([1000**0.5, 1.0], dtype=torch.bfloat16)
+    result = cg(diagonal.mul, b, tol=0.02)
+    assert result.reason == "converged"
+    torch.testing.assert_close(result.x, b / diagonal, rtol=0.02, atol=0.002)
+
+
+def test_without_a_limit_rounding_may_take_more_steps_than_there_are_unknowns():
+    eigenvalues = torch.logspace(0, 4, 60, dtype=torch.float64)
+    b = torch.ones(60, dtype=torch.float64)
+    assert not cg(eigenvalues.mul, b, maxiter=60).converged
+    result = cg(eigenvalues.mul, b)
+    assert result.converged
+    assert 60 < result.products < 600
+
+
+def test_a_b_whose_squares_underflow_counts_as_zero():
+    result = cg(torch.clone, torch.full((3,), 1e-30), atol=0)
+    assert (result.reason, result.products) == ("converged", 0)
+    assert not result.x.any()
 
 
 @pytest.mark.parametrize("exponent", [-90, -60, 60])
@@ -406,7 +444,7 @@ def faulty(fault: float, call: int):
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("iteration", [1, 3])
 def test_numbers_from_A_that_are_not_finite_raise_an_error_that_says_when(fault, iteration):
-    message = f"At iteration {iteration}, A returned numbers that are not finite"
+    message = rf"At iteration {iteration}, A\(p\) has numbers that are not finite"
     with pytest.raises(RuntimeError, match=message):
         cg(faulty(fault, iteration - 1), vector(6))
     with pytest.raises(RuntimeError, match=message):
@@ -420,13 +458,17 @@ def test_numbers_from_the_input_that_are_not_finite_raise_an_error_that_says_whi
         cg(torch.clone, bad)
     with pytest.raises(ValueError, match="x0 has numbers that are not finite"):
         cg(torch.clone, good, bad)
-    with pytest.raises(RuntimeError, match="A returned numbers that are not finite for x0"):
+    with pytest.raises(RuntimeError, match=r"A\(x0\) has numbers that are not finite"):
         cg(faulty(fault, 0), good, good)
 
 
-def test_products_that_overflow_are_told_from_infinite_ones():
-    with pytest.raises(RuntimeError, match=r"iteration 1, the norm of A\(p\) overflows .*float32"):
+def test_numbers_too_large_to_square_are_told_from_infinite_ones():
+    with pytest.raises(
+        RuntimeError, match=r"iteration 1, A\(p\) is too large, up to .*e\+30: its n"
+    ):
         cg(lambda v: 1e30 * v, torch.ones(3))
+    with pytest.raises(ValueError, match=r"^b is too large, up to .*e\+30: .* Scale it down"):
+        cg(torch.clone, torch.full((3,), 1e30))
 
 
 @pytest.mark.parametrize(
@@ -439,12 +481,12 @@ def test_products_that_overflow_are_told_from_infinite_ones():
         ({"maxiter": -1}, "maxiter .* -1"),
         ({"maxiter": 1.5}, "maxiter .* 1.5"),
         ({"negative_curvature": "go"}, "negative_curvature .* 'go'"),
-        ({"x0": torch.zeros(4)}, r"x0 .* \(3,\) .* \(4,\)"),
-        ({"x0": torch.zeros(1)}, r"x0 .* \(3,\) .* \(1,\)"),
-        ({"x0": torch.zeros(3, device="meta")}, "x0 .* cpu, .* meta"),
-        ({"A": lambda v: v[:1]}, r"A must .* \(3,\) .* \(1,\)"),
-        ({"A": lambda v: v.to("meta")}, "A must .* cpu, .* meta"),
-        ({"M": lambda v: v.expand(3, 3)}, r"M must .* \(3,\) .* \(3, 3\)"),
+        ({"x0": torch.zeros(4)}, r"x0 must have shape .*\[3\].*\[4\]"),
+        ({"x0": torch.zeros(1)}, r"x0 must have shape .*\[3\].*\[1\]"),
+        ({"x0": torch.zeros(3, device="meta")}, "x0 must have device cpu, .* meta"),
+        ({"A": lambda v: v[:1]}, r"A\(p\) must have shape .*\[3\].*\[1\]"),
+        ({"A": lambda v: v.to("meta")}, r"A\(p\) must have device cpu, .* meta"),
+        ({"M": lambda v: v.expand(3, 3)}, r"M\(r\) must have shape .*\[3\].*\[3, 3\]"),
     ],
 )
 def test_values_out_of_range_raise_an_error_that_names_them(options, message):
@@ -459,10 +501,10 @@ def test_values_out_of_range_raise_an_error_that_names_them(options, message):
         ({"b": torch.ones(3, dtype=torch.complex64)}, "b must be real floating point, .*complex"),
         ({"b": [1.0]}, "b must be a tensor, not list"),
         ({"x0": [1.0]}, "x0 must be a tensor, not list"),
-        ({"x0": torch.ones(3).double()}, "x0 must be torch.float32, .*float64"),
-        ({"A": lambda v: None}, "A must return a tensor, not NoneType"),
-        ({"A": lambda v: v.double()}, "A must return torch.float32, .*float64"),
-        ({"M": lambda v: v.half()}, "M must return torch.float32, .*float16"),
+        ({"x0": torch.ones(3).double()}, "x0 must have dtype torch.float32, .*float64"),
+        ({"A": lambda v: None}, r"A\(p\) must be a tensor, not NoneType"),
+        ({"A": lambda v: v.double()}, r"A\(p\) must have dtype torch.float32, .*float64"),
+        ({"M": lambda v: v.half()}, r"M\(r\) must have dtype torch.float32, .*float16"),
     ],
 )
 def test_types_that_disagree_raise_an_error_that_names_them(options, message):
@@ -476,7 +518,7 @@ def test_types_that_disagree_raise_an_error_that_names_them(options, message):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("start", [None, "random"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_waits_once_per_iteration_and_twice_per_solve(kind, start, device):
+def test_waits_once_per_iteration_and_once_per_solve(kind, start, device):
     eigenvalues = {
         "definite": [1, 2, 3, 4, 5],
         "semi-definite": [1, 2, 3, 0, 0],
@@ -491,4 +533,4 @@ def test_waits_once_per_iteration_and_twice_per_solve(kind, start, device):
     with counted_conversions() as conversions:
         result = cg(A.mul, b, x0, M=lambda v: v / 2)
     iterations = result.products - (x0 is not None)
-    assert 0 < len(conversions) <= iterations + 2
+    assert 0 < len(conversions) <= iterations + 1

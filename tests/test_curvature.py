@@ -377,6 +377,41 @@ def test_several_outputs_count_as_one_long_output(curvature_type: type[Curvature
     assert_close(matrix_of(together), matrix_of(expected))
 
 
+def test_outputs_that_depend_on_one_another_are_refused_with_a_remedy_that_works() -> None:
+    w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    h = 3 * w
+    z = h * h
+    for outputs in ((h, z), (z, h), (h, z, z)):
+        with pytest.raises(ValueError, match=r"Output \d, .* was computed from another .*clone"):
+            GGN([w]).backward(z + h, outputs)
+    assert w.grad is None
+    out = h.clone()
+    (product,) = GGN([w]).backward((z + out).square(), (out, z))
+    assert w.grad == 2 * (36 + 6) * (36 + 3)  # (9w² + 3w)²
+    assert product(torch.ones(1, 1, dtype=torch.float64)) == 2 * (36 + 3) ** 2
+
+
+def test_deep_supervision_has_the_gradient_of_the_loss() -> None:
+    body, head, x = nn.Linear(3, 3).double(), nn.Linear(3, 3).double(), images(4, 3)
+    curvature = GGN(layers(nn.Sequential(body, head)))
+
+    def loss_function(h: Tensor, z: Tensor) -> Tensor:
+        return LOSSES["cross-entropy"](h) + LOSSES["cross-entropy"](z)
+
+    h = body(x)
+    z = head(h)
+    with pytest.raises(ValueError, match="was computed from another"):
+        curvature.backward(loss_function(h, z), (h, z))
+    assert body.weight.grad is None
+    loss_function(h, z).backward()
+    expected = body.weight.grad
+    body.weight.grad = None
+    h = body(x)
+    z, h = head(h), h.clone()
+    curvature.backward(loss_function(h, z), (h, z))
+    assert_close(body.weight.grad, expected)
+
+
 def test_outputs_the_loss_leaves_out_change_nothing() -> None:
     model, x = nn.Linear(3, 4).double(), images(5, 3)
     used, unused = model(x).split(2, dim=1)
@@ -478,23 +513,35 @@ def test_a_product_passes_through_what_lies_above_its_block_only(
     assert Counted.calls["backward"] > before
 
 
-def test_a_product_takes_no_convolution_that_it_does_not_need() -> None:
+def test_a_kernels_product_takes_one_convolution_more_than_needed_per_layer_above() -> None:
     class Convolutions(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
         ) -> object:
-            calls.append(str(func))
+            if "convolution" in str(func):
+                name, _ = str(func).removeprefix("aten.").split(".")
+                calls.append(name if name == "convolution" else (name, *args[-1]))
             return func(*args, **kwargs or {})
 
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh())
-    product, _ = products_of(
-        GGN(model.parameters()), model, torch.randn(4, 2, 6, 6), lambda z: z.square().mean()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Tanh())
+    below, above = products_of(
+        GGN([model[0].weight, model[2].weight]),
+        model,
+        torch.randn(4, 2, 6, 6),
+        lambda z: z.square().mean(),
     )
-    calls: list[str] = []
-    with Convolutions():
-        product(torch.randn(1, 54))
-    convolutions = [call for call in calls if "conv" in call]
-    assert convolutions == ["aten.convolution.default", "aten.convolution_backward.default"]
+    by_input = ("convolution_backward", True, False, False)
+    by_kernel = ("convolution_backward", False, True, False)
+    for product, expected in (
+        (above, ["convolution", by_kernel]),
+        # Taken to the end of its layer, then through the layer above: the last of these three is
+        # what becomes of the upper kernel's gradient, which torch computes unasked.
+        (below, ["convolution", "convolution", "convolution", by_input, by_kernel]),
+    ):
+        calls: list[object] = []
+        with Convolutions():
+            product(torch.randn(1, product.parameters[0].numel()))
+        assert calls == expected
 
 
 def test_gradients_are_those_of_backward_for_every_leaf(curvature_type: type[Curvature]) -> None:
@@ -531,6 +578,42 @@ def test_changing_a_gradient_in_place_changes_neither_products_nor_other_gradien
     a.grad.zero_()
     assert b.grad.count_nonzero() == 3
     assert_close(matrix_of(products[0]), expected)
+
+
+def test_hooks_of_a_parameter_reach_its_gradient_once_and_its_products_never(
+    curvature_type: type[Curvature],
+) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double(), images(4, 3)
+    curvature = curvature_type([model.parameters()])
+    (product,) = products_of(curvature, model, x, LOSSES["cross-entropy"])
+    gradient, expected = model[0].weight.grad, matrix_of(product)
+    model.zero_grad()
+    seen: list[Tensor] = []
+    model[0].weight.register_hook(lambda g: g / 2)
+    model[2].weight.register_hook(seen.append)
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    (product,) = products_of(curvature, model, x, LOSSES["cross-entropy"])
+    assert_close(model[0].weight.grad, gradient / 2)
+    assert_close(matrix_of(product), expected)
+    assert len(seen) == 2
+    assert any(g is model[0].weight.grad for g in seen)
+
+
+def test_an_output_with_a_hook_is_refused() -> None:
+    model = nn.Linear(3, 3)
+    z = model(torch.randn(4, 3))
+    z.register_hook(lambda g: g / 2)
+    with pytest.raises(ValueError, match="has a hook, which would act on products"):
+        GGN(model.parameters()).backward(LOSSES["cross-entropy"](z), z)
+    assert model.weight.grad is None
+
+
+def test_a_sparse_gradient_is_refused(curvature_type: type[Curvature]) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3))
+    with pytest.raises(RuntimeError, match=r"shape \[5, 3\] is sparse.*sparse=False"):
+        products_of(curvature_type(layers(model)), model, torch.arange(4), LOSSES["cross-entropy"])
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad is None
 
 
 def test_frozen_parameters_and_parameters_not_in_use_get_no_product(
@@ -591,6 +674,11 @@ def test_layers_are_the_modules_that_hold_parameters() -> None:
         (lambda m: [[m[0].weight, m[0].weight]], ValueError, "block 0 .* block 0"),
         (lambda m: m, TypeError, r"Block 0 .*Linear: use model\.parameters"),
         (lambda m: m.named_parameters(), TypeError, "Block 0 .*str"),
+        (
+            lambda _: [nn.Parameter(torch.ones(2, dtype=torch.complex64))],
+            TypeError,
+            r"real, but block 0 .*\[2\] .*complex64: .*view_as_real",
+        ),
     ],
 )
 def test_blocks_that_make_no_sense_are_refused(

@@ -1,6 +1,6 @@
 """Matrix-free second-order optimization in PyTorch."""
 
-from cgn_tutorial.cgn import CGNOptimizer, CGResult, Solve, cg
+from cgn_tutorial.cgn import BlockSolve, CGNOptimizer, CGResult, Solve, cg
 from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
 from cgn_tutorial.data import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.models import make_model
@@ -9,6 +9,7 @@ from cgn_tutorial.training import History, accuracy, default_device, train
 __all__ = [
     "GGN",
     "BlockProduct",
+    "BlockSolve",
     "CGNOptimizer",
     "CGResult",
     "Curvature",

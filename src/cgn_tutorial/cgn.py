@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice, zip_longest
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["CGNOptimizer", "CGResult", "Solve", "cg"]
+__all__ = ["BlockSolve", "CGNOptimizer", "CGResult", "Solve", "cg"]
 
 Product = Callable[[Tensor], Tensor]
 Reason = Literal["converged", "maxiter", "negative curvature", "breakdown"]
 NegativeCurvature = Literal["stop", "ignore"]
+
 
 # A step's curvature pᵀAp counts as positive above this many roundings of ‖p‖‖Ap‖. For a positive
 # definite A, pᵀAp / (‖p‖‖Ap‖) ≥ 2√κ/(κ + 1), so that only condition numbers κ > 10¹² (in float32)
@@ -37,28 +38,40 @@ NegativeCurvature = Literal["stop", "ignore"]
 CURVATURE_ROUNDINGS = 10
 
 
-@dataclass(frozen=True)
-class CGResult:
-    """What `cg` returns.
+@dataclass(frozen=True, kw_only=True)
+class Solve:
+    """How the solution of a linear system went.
 
     Attributes:
-        x: The approximate solution, in the shape of `b`.
         products: How many times A was applied.
         reason: Why the iteration stopped: `"converged"` (the residual met its bound), `"maxiter"`,
             `"negative curvature"` (pᵀAp was not positive), or `"breakdown"` (the next step could
             not be represented: pᵀAp = 0 or an overflow).
         residuals: The norms ‖b − A x_k‖ of the recurrence, one per iterate, the first at `x0`.
+        model: What the quadratic model ½ xᵀAx − bᵀx gained on its way, its value at the solution
+            less its value at `x0`: the decrease that a Newton step promises, with its sign.
     """
 
-    x: Tensor
     products: int
     reason: Reason
     residuals: tuple[float, ...]
+    model: float
 
     @property
     def converged(self) -> bool:
         """Whether the last residual met its bound."""
         return self.reason == "converged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CGResult(Solve):
+    """What `cg` returns: the solution, and how it went, see `Solve`.
+
+    Attributes:
+        x: The approximate solution, in the shape and dtype of `b`.
+    """
+
+    x: Tensor
 
 
 @torch.no_grad()
@@ -92,7 +105,8 @@ def cg(
         x0: The starting point, in the shape of `b`; zero if `None`. It is not changed. It costs one
             product.
         M: A preconditioner: a symmetric positive definite function that approximates A⁻¹.
-        maxiter: The most iterations, each one product; `None` means `b.numel()`.
+        maxiter: The most iterations, each one product; `None` means `10 * b.numel()`, since
+            rounding makes some systems take more iterations than they have unknowns.
         tol: Bound on the residual norm, relative to ‖b‖.
         atol: Bound on the residual norm, absolute, in the units of `b`.
         negative_curvature: What to do when pᵀAp along a search direction p is not positive beyond
@@ -102,83 +116,96 @@ def cg(
         callback: Called with each new iterate.
 
     Returns:
-        The solution, the number of products, the reason for stopping, and the residual norms.
+        The solution, the number of products, the reason for stopping, the residual norms, and the
+        change of the quadratic model.
 
     Raises:
         TypeError: `b` is not real floating point, or A, M or `x0` disagree with its dtype.
-        ValueError: Shapes or devices disagree, an option is out of range, `b` or `x0` is not
-            finite, or rᵀMr is not positive.
+        ValueError: Shapes or devices disagree, an option is out of range, `b` or `x0` is not finite
+            or too large to square, or rᵀMr is not positive.
         RuntimeError: A returned a number that is not finite; the message says when.
 
     Note:
         On a GPU, each iteration waits for the device once, to decide whether to stop, and each
-        solve twice more. Right-hand sides and starting points may be as small or large as the dtype
-        allows: the iteration works on the residual divided by a power of two, which is exact.
+        solve once more. For `b` in half precision, only A and M run in its dtype, and the iteration
+        in float32. A `b` so small that its squares underflow counts as zero.
 
     Source:
         Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems" (1952), as
-        explained by Shewchuk (1994); stopping at negative curvature as in Steihaug (1983).
+        explained by Shewchuk (1994); stopping at negative curvature as in Dembo and Steihaug,
+        "Truncated-Newton algorithms for large-scale unconstrained optimization" (1983).
     """
-    _check_system(b, x0)
-    maxiter = b.numel() if maxiter is None else maxiter
     _check_options(maxiter, tol, atol, negative_curvature)
-    if b.numel() == 0:
-        return CGResult(b.clone(), 0, "converged", (0.0,))
-    dot_rounding = CURVATURE_ROUNDINGS * torch.finfo(b.dtype).eps
-    largest = torch.finfo(b.dtype).max
+    if not isinstance(b, Tensor):
+        raise TypeError(f"b must be a tensor, not {type(b).__name__}.")
+    if not b.is_floating_point():
+        raise TypeError(f"b must be real floating point, but is {b.dtype}: convert it, b.float().")
+    wide = torch.promote_types(b.dtype, torch.float32)
 
-    r = b if x0 is None else b - _applied("A", A, x0)
-    products = 0 if x0 is None else 1
-    b_scale, scale = (_power_of_two(peak, b.dtype) for peak in _finite_peaks(b, x0, r))
-    b_norm, r_norm = _numbers(_norm(b / b_scale), _norm(r / scale))
-    bound = max(tol * b_norm * b_scale, atol)
-    residuals = [r_norm * scale]
+    def checked(name: str, function: Product) -> Product:
+        return lambda v: _like(b, name, function(v.to(b.dtype))).to(wide)
 
-    # From here on r is the residual over `scale`, and the iterate is x0 + scale · d.
-    r = r / scale
-    d = torch.zeros_like(b)
+    A, M = checked("A(p)", A), checked("M(r)", M) if M else lambda r: r
+    x, r, products = torch.zeros_like(b, dtype=wide), b.to(wide), 0
+    if x0 is not None:
+        x = _like(b, "x0", x0).to(wide, copy=True)
+        r, products = r - A(x), 1
+    b_norm, x_norm, r_norm = _numbers(_norm(b.to(wide)), _norm(x), _norm(r))
+    _check_finite("b", b, b_norm, ValueError)
+    _check_finite("x0", x, x_norm, ValueError)
+    _check_finite("A(x0)", r, r_norm, RuntimeError)
 
-    def iterate(d: Tensor) -> Tensor:
-        return scale * d if x0 is None else x0 + scale * d
-
-    z = r if M is None else _applied("M", M, r)
-    p, rz = z, _dot(r, z)
+    bound = max(tol * b_norm, atol)
+    # A and its argument are rounded to the dtype of b, the inner product to that of the iteration.
+    rounding = torch.finfo(b.dtype).eps + CURVATURE_ROUNDINGS * torch.finfo(wide).eps
     reason: Reason = "converged"
+    residuals, model = [r_norm], 0.0
+    steps = islice(_steps(A, M, x, r), 10 * b.numel() if maxiter is None else maxiter)
     while residuals[-1] > bound:
-        k = len(residuals)
-        if k > maxiter:
+        step = next(steps, None)
+        if step is None:
             reason = "maxiter"
             break
-        Ap = _applied("A", A, p)
+        p, Ap, rz, pAp, x_next, r_next = step
         products += 1
+        k = len(residuals)
+        # All that decides about this step, in the iteration's one wait for the device.
+        rMr, curvature, p_norm, Ap_norm, r_norm, x_peak = _numbers(
+            rz, pAp, _norm(p), _norm(Ap), _norm(r_next), x_next.to(b.dtype).abs().amax().to(wide)
+        )
+        if not rMr > 0:
+            raise ValueError(f"M must be positive definite, but rᵀMr is {rMr} at iteration {k}.")
+        _check_finite(f"At iteration {k}, A(p)", Ap, Ap_norm, RuntimeError)
+        flat = negative_curvature == "stop" and curvature <= rounding * p_norm * Ap_norm
+        if flat or not (x_peak < math.inf and r_norm < math.inf):  # NaN is not
+            reason = "negative curvature" if flat else "breakdown"
+            if k == 1:  # there is no iterate yet, but p = M r points downhill
+                x, model = x + p, curvature / 2 - rMr
+            break
+        x = x_next
+        residuals.append(r_norm)
+        model -= rMr**2 / (2 * curvature)
+        if callback is not None:
+            callback(x.to(b.dtype))
+    return CGResult(
+        x=x.to(b.dtype), products=products, reason=reason, residuals=tuple(residuals), model=model
+    )
+
+
+def _steps(A: Product, M: Product, x: Tensor, r: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The steps of conjugate gradients from x, with the residual r, one product each."""
+    z = M(r)
+    p, rz = z, _dot(r, z)
+    while True:
+        Ap = A(p)
         pAp = _dot(p, Ap)
         alpha = rz / pAp
-        d_next = d + alpha * p
-        r_next = r - alpha * Ap
-
-        # Everything that decides about this step, in the iteration's one wait for the device.
-        curvature, p_norm, Ap_norm, d_peak, r_norm, rz_value = _numbers(
-            pAp, _norm(p), _norm(Ap), d_next.abs().amax(), _norm(r_next), rz
-        )
-        _check_progress(k, Ap, Ap_norm, rz_value)
-        flat = curvature <= dot_rounding * p_norm * Ap_norm < math.inf
-        stop = flat and negative_curvature == "stop"
-        finite = d_peak * scale <= largest and r_norm < math.inf  # NaN is not
-        if stop or not finite:
-            reason = "negative curvature" if stop else "breakdown"
-            d = p if k == 1 else d
-            break
-
-        d, r = d_next, r_next
-        residuals.append(r_norm * scale)
-        if callback is not None:
-            callback(iterate(d))
-        z = r if M is None else _applied("M", M, r)
+        x, r = x + alpha * p, r - alpha * Ap
+        yield p, Ap, rz, pAp, x, r
+        z = M(r)
         rz_next = _dot(r, z)
         beta = rz_next / rz
         p, rz = z + beta * p, rz_next
-
-    return CGResult(iterate(d), products, reason, tuple(residuals))
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:
@@ -193,50 +220,19 @@ def _norm(v: Tensor) -> Tensor:
 
 def _numbers(*scalars: Tensor) -> list[float]:
     """Python numbers of several 0-dim tensors, for one wait."""
-    return cast(list[float], torch.stack(scalars).tolist())
+    numbers: list[float] = torch.stack(scalars).tolist()
+    return numbers
 
 
-def _power_of_two(peak: float, dtype: torch.dtype) -> float:
-    """A power of two near `peak`, which torch can divide by as well as multiply; 1 for 0."""
-    # Torch holds the scalar in float32 for all dtypes below it, too.
-    limit = -math.frexp(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny)[1]
-    return 2.0 ** min(max(math.frexp(peak)[1], -limit), limit) if peak else 1.0
-
-
-def _applied(name: str, function: Product, v: Tensor) -> Tensor:
-    """function(v), checked to be a tensor like v."""
-    result = function(v)
-    if not isinstance(result, Tensor):
-        raise TypeError(f"{name} must return a tensor, not {type(result).__name__}.")
-    if result.shape != v.shape or result.device != v.device:
-        raise ValueError(
-            f"{name} must return a tensor like its argument, of shape {tuple(v.shape)} on "
-            f"{v.device}, but returned shape {tuple(result.shape)} on {result.device}."
-        )
-    if result.dtype != v.dtype:
-        raise TypeError(
-            f"{name} must return {v.dtype}, like its argument, but returned {result.dtype}."
-        )
-    return result.detach()
-
-
-def _check_system(b: Tensor, x0: Tensor | None) -> None:
-    """Raise if b is no right-hand side, or x0 no starting point for it."""
-    if not isinstance(b, Tensor):
-        raise TypeError(f"b must be a tensor, not {type(b).__name__}.")
-    if not b.is_floating_point():
-        raise TypeError(f"b must be real floating point, but is {b.dtype}: convert it, b.float().")
-    if x0 is None:
-        return
-    if not isinstance(x0, Tensor):
-        raise TypeError(f"x0 must be a tensor, not {type(x0).__name__}.")
-    if x0.shape != b.shape or x0.device != b.device:
-        raise ValueError(
-            f"x0 must have the shape {tuple(b.shape)} of b, on {b.device}, "
-            f"but has shape {tuple(x0.shape)} on {x0.device}."
-        )
-    if x0.dtype != b.dtype:
-        raise TypeError(f"x0 must be {b.dtype}, like b, but is {x0.dtype}.")
+def _like(other: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, detached, after checking that it is one like another."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}.")
+    for aspect, error in (("shape", ValueError), ("device", ValueError), ("dtype", TypeError)):
+        found, expected = getattr(tensor, aspect), getattr(other, aspect)
+        if found != expected:
+            raise error(f"{name} must have {aspect} {expected}, but has {found}.")
+    return tensor.detach()
 
 
 def _check_options(maxiter: int | None, tol: float, atol: float, negative_curvature: str) -> None:
@@ -252,63 +248,49 @@ def _check_options(maxiter: int | None, tol: float, atol: float, negative_curvat
         )
 
 
-def _finite_peaks(b: Tensor, x0: Tensor | None, r: Tensor) -> tuple[float, float]:
-    """The largest |b_i| and |r_i| of r = b − A x0, or an error that names what is not finite."""
-    if x0 is None:
-        (b_peak,) = _numbers(b.abs().amax())
-        r_peak = x0_peak = b_peak
-    else:
-        b_peak, x0_peak, r_peak = _numbers(b.abs().amax(), x0.abs().amax(), r.abs().amax())
-    for name, peak in (("b", b_peak), ("x0", x0_peak)):
-        if not math.isfinite(peak):
-            raise ValueError(f"{name} has numbers that are not finite: max |{name}| is {peak}.")
-    if not math.isfinite(r_peak):
-        raise RuntimeError(
-            f"A returned numbers that are not finite for x0: max |b − A x0| is {r_peak}."
+def _check_finite(name: str, v: Tensor, norm: float, error: type[Exception]) -> None:
+    """Raise if the norm of v is not finite, and say why."""
+    if not math.isfinite(norm):
+        peak = v.abs().amax().item()
+        raise error(
+            f"{name} is too large, up to {peak}: its norm overflows. Scale it down."
+            if math.isfinite(peak)
+            else f"{name} has numbers that are not finite: up to {peak}."
         )
-    return b_peak, r_peak
 
 
-def _check_progress(k: int, Ap: Tensor, Ap_norm: float, rz: float) -> None:
-    """Raise if A or M cannot be what they should, from what iteration k computed."""
-    if math.isnan(rz) or rz <= 0:
-        raise ValueError(
-            f"M must be symmetric positive definite, but rᵀMr is {rz} at iteration {k}, with r ≠ 0."
-        )
-    if not math.isfinite(Ap_norm):
-        cause = (
-            f"the norm of A(p) overflows {Ap.dtype}: scale A down"
-            if torch.isfinite(Ap).all()
-            else "A returned numbers that are not finite"
-        )
-        raise RuntimeError(f"At iteration {k}, {cause}.")
+@dataclass(frozen=True, kw_only=True)
+class BlockSolve(Solve):
+    """What one block's system took in the last step of `CGNOptimizer`, see `Solve`.
 
-
-@dataclass(frozen=True)
-class Solve:
-    """What one block's system took in the last step of `CGNOptimizer`.
+    The residuals are the norms ‖(C + λI) v + g‖, from v = 0 on, and `model` is the change of the
+    loss that its damped quadratic model predicts for the full step v, for this block alone.
 
     Attributes:
         names: The parameters of the block.
-        products: How many curvature products the solve used.
-        reason: Why it stopped, see `CGResult`.
-        residuals: The residual norms ‖(C + λI) v + g‖, from v = 0 on.
     """
 
     names: tuple[str, ...]
-    products: int
-    reason: Reason
-    residuals: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Block:
-    """Parameters that are solved for together, and one product `[V, n] → [V, n]` over them."""
+    """Parameters that are solved for together, and the product over their n numbers, [n] → [n]."""
 
     parameters: tuple[Tensor, ...]
-    groups: tuple[dict[str, Any], ...]
     names: tuple[str, ...]
+    groups: tuple[dict[str, Any], ...]
     product: Product
+
+    def split(self, v: Tensor) -> Iterable[tuple[Tensor, dict[str, Any], Tensor]]:
+        """Each parameter, its group, and its part of the n numbers v, in its shape."""
+        parts = v.split([p.numel() for p in self.parameters])
+        shaped = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        return zip(self.parameters, self.groups, shaped, strict=True)
+
+
+_HOW_IT_WENT = [field.name for field in fields(Solve)]
+_SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")  # must agree within a block
 
 
 class CGNOptimizer(Optimizer):
@@ -333,7 +315,7 @@ class CGNOptimizer(Optimizer):
             curvature product of each parameter, such as `backpack.extensions.GGNMP()`.
         lr: Step size γ.
         damping: λ, added to the diagonal of C, in the units of C.
-        maxiter: The most CG iterations per block and step; `None` means the size of the block.
+        maxiter: The most CG iterations per block and step; `None` means ten times its size.
         tol: CG stops when ‖(C + λI) v + g‖ ≤ max(tol · ‖g‖, atol).
         atol: See `tol`; in the units of the gradient.
         weight_decay: μ of an exact penalty ½ μ‖x‖²: adds μx to g and μI to C.
@@ -342,17 +324,18 @@ class CGNOptimizer(Optimizer):
 
     Attributes:
         bp_extension: As given.
-        solves: What the solves of the last step did, one `Solve` per block.
+        solves: What the solves of the last step did, one `BlockSolve` per block.
 
     Raises:
-        TypeError: `bp_extension` has no `savefield`.
+        TypeError: `bp_extension` has no `savefield`, or a parameter is complex.
         ValueError: A hyperparameter is out of range.
 
     Note:
-        The product on a parameter p is a function `[V, *p.shape] → [V, *p.shape]` that multiplies
-        each of V vectors. For a block of several parameters, all of them carry one and the same
-        function `[V, n] → [V, n]` with an attribute `parameters`, in whose order the n numbers are
-        concatenated. Tolerances must agree within a block; damping and lr act per parameter.
+        The product of a block is a function `[V, n] → [V, n]` that multiplies each of V vectors,
+        with an attribute `parameters`, in whose order the n numbers are concatenated; all of them
+        carry it. Without that attribute, it is over the parameter p that carries it alone,
+        `[V, *p.shape] → [V, *p.shape]`, as BackPACK leaves it. Tolerances must agree within a
+        block; damping and lr act per parameter.
 
     Example:
         >>> from backpack import backpack, extend
@@ -413,27 +396,75 @@ class CGNOptimizer(Optimizer):
 
         Raises:
             RuntimeError: A parameter has a gradient, but no curvature product, or its system cannot
-                be solved (numbers that are not finite, wrong shapes or dtypes). The message names
-                the parameter. Nothing has been changed then.
+                be solved (numbers that are not finite, wrong shapes or dtypes, sparse gradients).
+                The message names the parameter. Or `torch.distributed` runs several processes.
+                Nothing has been changed then.
             ValueError: The tolerances of the parameters of a block differ.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        blocks = self._blocks()
-        results = [self._solve(block) for block in blocks]
-        for block, result in zip(blocks, results, strict=True):
-            for p, group, v in zip(
-                block.parameters, block.groups, _split(result.x, block), strict=True
-            ):
+        _refuse_several_processes()
+        solved = [(block, self._solve(block)) for block in self._blocks()]
+        for block, result in solved:
+            for p, group, v in block.split(result.x):
                 p.add_(v, alpha=group["lr"])
                 delattr(p, self._savefield)  # frees what the product holds on to
         self.solves = [
-            Solve(block.names, result.products, result.reason, result.residuals)
-            for block, result in zip(blocks, results, strict=True)
+            BlockSolve(names=block.names, **{name: getattr(result, name) for name in _HOW_IT_WENT})
+            for block, result in solved
         ]
         return loss
+
+    @torch.no_grad()
+    def check_products(self, *, positive: bool = False, probes: int = 3) -> float:
+        """Check that the curvature products are symmetric, after a backward pass, before `step()`.
+
+        For random vectors u and v, a symmetric C has uᵀCv = vᵀCu, and one that is positive
+        semi-definite uᵀCu ≥ 0. A product that fails either is wrong, and a step on it means
+        nothing; one that passes may still be wrong in other ways. Worth a call for each new model,
+        loss or extension: torch itself has second derivatives that fail. Nothing is changed, the
+        global random generator included.
+
+        Args:
+            positive: Whether C must be positive semi-definite, as the GGN of a convex loss is.
+            probes: Pairs of vectors per block, each of two products.
+
+        Returns:
+            The largest |uᵀCv − vᵀCu| found, relative to the mean of ‖Cu‖ and ‖Cv‖.
+
+        Raises:
+            RuntimeError: It is larger than half of the dtype's digits allow, or uᵀCu is negative
+                beyond that. The message names the parameters of the block. Or a product is missing.
+        """
+        worst = 0.0
+        for block in self._blocks():
+            like = block.parameters[0]
+            n = sum(p.numel() for p in block.parameters)
+            tolerance = torch.finfo(like.dtype).eps ** 0.5
+            random = torch.Generator(like.device).manual_seed(0)
+            for _ in range(probes):
+                u, v = torch.randn(2, n, generator=random, device=like.device, dtype=like.dtype)
+                Cu, Cv = block.product(u), block.product(v)
+                uCv, vCu, uCu, size = _numbers(
+                    _dot(u, Cv), _dot(v, Cu), _dot(u, Cu), (_norm(Cu) + _norm(Cv)) / 2
+                )
+                gap = abs(uCv - vCu) / size if size else 0.0
+                name = f"The curvature product of {', '.join(block.names)}"
+                if not gap <= tolerance:
+                    raise RuntimeError(
+                        f"{name} is not symmetric: uᵀCv = {uCv:.6g}, but vᵀCu = {vCu:.6g}. It "
+                        "is no curvature; for Hessians, write the operation whose second "
+                        "derivative is at fault in elementary ones."
+                    )
+                if positive and uCu < -tolerance * size:
+                    raise RuntimeError(
+                        f"{name} is not positive semi-definite: uᵀCu = {uCu:.6g}. Is the loss "
+                        "convex in the outputs?"
+                    )
+                worst = max(worst, gap)
+        return worst
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with hyperparameters of its own where the dictionary has them.
@@ -442,6 +473,7 @@ class CGNOptimizer(Optimizer):
             param_group: `{"params": …}` and any of the constructor's hyperparameters.
 
         Raises:
+            TypeError: A parameter is complex.
             ValueError: A hyperparameter is out of range.
         """
         settings = self.defaults | param_group
@@ -450,6 +482,13 @@ class CGNOptimizer(Optimizer):
                 raise ValueError(f"{name} must be finite and at least 0, but is {settings[name]}.")
         _check_options(**{name: settings[name] for name in _SOLVE_OPTIONS})
         super().add_param_group(param_group)
+        for i, p in enumerate(self.param_groups[-1]["params"]):
+            if p.is_complex():
+                self.param_groups.pop()
+                raise TypeError(
+                    f"Parameters must be real, but parameter {i} of the group, of shape "
+                    f"{tuple(p.shape)}, is {p.dtype}: train torch.view_as_real of it."
+                )
 
     @property
     def bp_extension(self) -> Any:
@@ -490,19 +529,14 @@ class CGNOptimizer(Optimizer):
 
     def _solve(self, block: _Block) -> CGResult:
         """Solve (C + λI) v = −g for one block, with v and g flattened to n numbers."""
-        groups = block.groups
-        lam = _per_number([group["damping"] + group["weight_decay"] for group in groups], block)
+        pairs = list(zip(block.parameters, block.groups, strict=True))
         try:
-            g = _flat(
-                p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
-                for p, group in zip(block.parameters, groups, strict=True)
-                if p.grad is not None
+            g = torch.cat([(p.grad + o["weight_decay"] * p).reshape(-1) for p, o in pairs])
+            lam = torch.cat(
+                [p.new_full((p.numel(),), o["damping"] + o["weight_decay"]) for p, o in pairs]
             )
-            return cg(
-                lambda v: block.product(v.unsqueeze(0)).squeeze(0) + lam * v,
-                -g,
-                **{name: groups[0][name] for name in _SOLVE_OPTIONS},
-            )
+            options = {name: block.groups[0][name] for name in _SOLVE_OPTIONS}
+            return cg(lambda v: block.product(v) + lam * v, -g, **options)
         except Exception as error:  # products may raise anything
             raise RuntimeError(
                 f"No Newton step for {', '.join(block.names)}: solving A v = b, with A = C + λI "
@@ -513,107 +547,72 @@ class CGNOptimizer(Optimizer):
     def _blocks(self) -> list[_Block]:
         """The blocks of all parameters with a gradient, in the order of their first parameters."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        names = self._names()
-        blocks: list[_Block] = []
-        seen: set[Tensor] = set()
-        for p in groups:
-            if p.grad is None or not p.requires_grad or p in seen:
-                continue
-            product = getattr(p, self._savefield, None)
-            if product is None:
-                raise RuntimeError(
-                    f"{names[p]} has a gradient, but no curvature product .{self._savefield}: call "
-                    "loss.backward() inside `with backpack(optimizer.bp_extension):`, or, for "
-                    "products by autograd, optimizer.bp_extension.backward(loss, outputs). A "
-                    "product serves one step. Nothing has been changed."
-                )
-            block = self._block(p, product, groups, names)
-            blocks.append(block)
-            seen.update(block.parameters)
-        return blocks
-
-    def _block(
-        self,
-        p: Tensor,
-        product: Any,
-        groups: dict[Tensor, dict[str, Any]],
-        names: dict[Tensor, str],
-    ) -> _Block:
-        """The block of p, after checking that the optimizer can solve for all its parameters."""
-        members = tuple(getattr(product, "parameters", (p,)))
-        for member in members:
-            if member not in groups:
-                fault = "this optimizer does not hold"
-            elif member.grad is None:
-                fault = "has no gradient"
-            elif getattr(member, self._savefield, None) != product:
-                fault = "does not carry the block's product"
-            else:
-                continue
-            name = names.get(member, f"a parameter of shape {tuple(member.shape)}")
-            raise RuntimeError(
-                f"The block of {names[p]} contains {name}, which {fault}: form the blocks of the "
-                "parameters that it trains. Nothing has been changed."
-            )
-        block = _Block(
-            members,
-            tuple(groups[member] for member in members),
-            tuple(names[member] for member in members),
-            partial(_applied, "The curvature product", product)
-            if hasattr(product, "parameters")
-            else _flat_product(product, p.shape),
-        )
-        for option in _SOLVE_OPTIONS:
-            values = {group[option] for group in block.groups}
-            if len(values) > 1:
-                raise ValueError(
-                    f"{option} must agree within a block, but is {sorted(values, key=str)} for "
-                    f"{', '.join(block.names)}. Nothing has been changed."
-                )
-        return block
-
-    def _names(self) -> dict[Tensor, str]:
-        """What to call each parameter in a message: its name, if the optimizer was given names."""
-        return {
+        names = {
             p: name or f"parameter {i} of group {j} (shape {tuple(p.shape)})"
             for j, group in enumerate(self.param_groups)
             for i, (p, name) in enumerate(
-                zip(
-                    group["params"],
-                    group.get("param_names") or [""] * len(group["params"]),
-                    strict=True,
-                )
+                zip_longest(group["params"], group.get("param_names", ()))
             )
         }
+        blocks: dict[Tensor, _Block] = {}
+        for p in groups:
+            if p.grad is not None and p.requires_grad and p not in blocks:
+                block = self._block(p, groups, names)
+                blocks.update(dict.fromkeys(block.parameters, block))
+        return list(dict.fromkeys(blocks.values()))
+
+    def _block(
+        self, p: Tensor, groups: dict[Tensor, dict[str, Any]], names: dict[Tensor, str]
+    ) -> _Block:
+        """The block of p, after checking that this optimizer can solve for all its parameters."""
+        product: Any = getattr(p, self._savefield, None)
+        # A product over a block names its parameters, and is [V, n] → [V, n]. One that does not,
+        # such as BackPACK's, is over p alone, [V, *p.shape] → [V, *p.shape].
+        members = tuple(getattr(product, "parameters", (p,)))
+        shape = (1, -1) if hasattr(product, "parameters") else (1, *p.shape)
+        for member in members:
+            if member not in groups:
+                fault = f"of shape {tuple(member.shape)} is not held by this optimizer"
+            elif member.grad is None:
+                fault = "has no gradient"
+            elif member.grad.layout != torch.strided:
+                fault = "has a sparse gradient: use a layer with sparse=False"
+            elif product is None or getattr(member, self._savefield, None) != product:
+                fault = (
+                    f"has a gradient, but no curvature product .{self._savefield}: call "
+                    "loss.backward() inside `with backpack(optimizer.bp_extension):`, or, for "
+                    "products by autograd, optimizer.bp_extension.backward(loss, outputs). "
+                    "A product serves one step"
+                )
+            else:
+                continue
+            raise RuntimeError(
+                f"No Newton step for the block of {names[p]}: {names.get(member, 'a parameter')} "
+                f"{fault}. Nothing has been changed."
+            )
+
+        def flat_product(v: Tensor) -> Tensor:
+            vectors = v.view(shape)
+            return _like(vectors, "The curvature product", product(vectors)).reshape(-1)
+
+        block_groups = tuple(groups[member] for member in members)
+        block_names = tuple(names[member] for member in members)
+        for option in _SOLVE_OPTIONS:
+            values = [group[option] for group in block_groups]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{option} must agree within a block, but is {values} for "
+                    f"{', '.join(block_names)}. Nothing has been changed."
+                )
+        return _Block(members, block_names, block_groups, flat_product)
 
 
-_SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All the numbers of the tensors, one after another, shape `[n]`."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _split(v: Tensor, block: _Block) -> list[Tensor]:
-    """The inverse of `_flat`: views of v in the shapes of the block's parameters."""
-    parts = v.split([p.numel() for p in block.parameters])
-    return [part.view_as(p) for part, p in zip(parts, block.parameters, strict=True)]
-
-
-def _per_number(values: list[float], block: _Block) -> Tensor | float:
-    """One value for each of a block's n numbers, or a single one where all parameters agree."""
-    if len(set(values)) == 1:
-        return values[0]
-    return torch.cat(
-        [p.new_full((p.numel(),), value) for p, value in zip(block.parameters, values, strict=True)]
-    )
-
-
-def _flat_product(product: Product, shape: torch.Size) -> Product:
-    """A product on flattened vectors, `[V, n] → [V, n]`, from one on tensors, `[V, *shape]`."""
-
-    def flat_product(v: Tensor) -> Tensor:
-        return _applied("The curvature product", product, v.view(-1, *shape)).reshape(v.shape)
-
-    return flat_product
+def _refuse_several_processes() -> None:
+    """Raise where gradients may be averages over processes, which products are not."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and (count := torch.distributed.get_world_size()) > 1:
+        raise RuntimeError(
+            f"CGNOptimizer steps in one process, but torch.distributed runs {count}: each would "
+            "solve with the curvature of its own data, and their parameters would drift apart. "
+            "Nothing has been changed."
+        )

@@ -16,7 +16,8 @@ Both take any model and loss that torch can differentiate twice. The file needs 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,7 +88,8 @@ class BlockProduct:
         for v_i, Cv_i in zip(v, Cv, strict=True):
             parts = zip(v_i.split(sizes), self.parameters, strict=True)
             try:
-                products = self._multiply(self.parameters, [part.view_as(p) for part, p in parts])
+                with _without_hooks(self.parameters):
+                    products = self._multiply(self.parameters, [v.view_as(p) for v, p in parts])
             except RuntimeError as error:
                 raise RuntimeError(_explanation(str(error))) from error
             Cv_i.copy_(torch.cat([product.reshape(-1) for product in products]))
@@ -107,7 +109,7 @@ class Curvature:
         savefield: The name of the attribute that carries each parameter's product.
 
     Raises:
-        TypeError: A block contains something else than tensors.
+        TypeError: A block contains something else than real tensors.
         ValueError: There are no blocks, a block is empty, or blocks overlap.
     """
 
@@ -125,6 +127,11 @@ class Curvature:
             for p in self.blocks[i]:
                 if not isinstance(p, Tensor):
                     raise TypeError(_NO_PARAMETER.format(i, type(p).__name__))
+                if p.is_complex():
+                    raise TypeError(
+                        f"Parameters must be real, but block {i} contains one of shape "
+                        f"{list(p.shape)} that is {p.dtype}: train torch.view_as_real of it."
+                    )
                 if p in owner:
                     raise ValueError(
                         f"Blocks must not overlap, but block {i} contains a parameter of shape "
@@ -138,21 +145,28 @@ class Curvature:
         """Do what `loss.backward()` does, and leave each block's product on its parameters.
 
         As there, gradients are added to `.grad` of every leaf that the loss depends on, in a block
-        or not. Parameters without a gradient, such as frozen ones, get no product: their blocks
-        shrink. Products replace earlier ones. The graph lives as long as one of products, loss and
-        outputs; the optimizer's `step()` lets go of the products.
+        or not, and pass through the hooks of the leaves, such as those that average them over
+        processes. Products are those of the loss: hooks of leaves never act on them. Hooks of
+        modules and of tensors in between act on every pass, and so change products, unless they
+        only look.
+
+        Parameters without a gradient, such as frozen ones, get no product: their blocks shrink.
+        Products replace earlier ones. The graph lives as long as one of products, loss and outputs;
+        the optimizer's `step()` lets go of the products.
 
         Args:
             loss: The loss, a single number.
-            outputs: The outputs z that it was computed from, one tensor of any shape or several.
-                `GGN` needs them, `Hessian` does not.
+            outputs: The outputs z that it was computed from, one tensor of any shape or several,
+                none of which was computed from another. `GGN` needs them, `Hessian` does not.
 
         Returns:
             The products, one per block.
 
         Raises:
-            ValueError: The loss is not a single number, does not depend on any parameter of the
-                blocks, or, for `GGN`, depends on something else than the outputs.
+            ValueError: The loss is not a single number, or does not depend on any parameter of the
+                blocks. For `GGN`: it depends on something else than the outputs, or one of them on
+                another, or an output has a hook.
+            RuntimeError: A gradient is sparse.
         """
         if loss.numel() != 1:
             raise ValueError(f"The loss must be a single number, but has shape {list(loss.shape)}.")
@@ -170,7 +184,14 @@ class Curvature:
                 "model, or frozen?"
             )
         for p, g in gradients.items():
-            p.grad = g.detach().clone() if p.grad is None else p.grad.add_(g.detach())
+            if g.layout != torch.strided:
+                raise RuntimeError(
+                    f"The gradient of a parameter of shape {list(p.shape)} is sparse, and torch "
+                    "cannot differentiate it again: use a layer with sparse=False."
+                )
+        # Copies, since torch keeps as .grad what it is given, and the products need theirs.
+        copies = [g.detach().clone() for g in gradients.values()]
+        torch.autograd.backward(list(gradients), copies)
         for p in (p for block in self.blocks for p in block if hasattr(p, self.savefield)):
             delattr(p, self.savefield)
         products = [BlockProduct(block, multiply) for block in blocks if block]
@@ -220,7 +241,8 @@ class GGN(Curvature):
     savefield = "ggn_product"
 
     def _differentiate(self, loss: Tensor, z: Tensors) -> tuple[dict[Tensor, Tensor], Multiply]:
-        others, met = _leaves([loss], stop=z)
+        edges = [_edge(z_i) for z_i in z]
+        others, met = _leaves([_edge(loss)], edges)
         if not met:
             raise ValueError(
                 "The loss was not computed from these outputs: pass the very tensor that the loss "
@@ -231,13 +253,25 @@ class GGN(Curvature):
                 f"Besides the outputs, the loss depends on a leaf of shape {list(leaf.shape)}: "
                 "name it among the outputs, or use the optimizer's weight_decay for a penalty."
             )
-        leaves, _ = _leaves(z)
+        for i, (z_i, edge) in enumerate(zip(z, edges, strict=True)):
+            if edge in edges[:i] or _leaves(edge[0].next_functions, edges)[1]:
+                raise ValueError(
+                    f"Output {i}, of shape {list(z_i.shape)}, was computed from another one, or is "
+                    "named twice: let the loss take a copy of that one, h.clone(), and name it."
+                )
+            if z_i._backward_hooks:
+                raise ValueError(
+                    f"Output {i}, of shape {list(z_i.shape)}, has a hook, which would act on "
+                    "products as well: register it on the parameters."
+                )
+        leaves, _ = _leaves(edges)
         points = [_points(p, users) for p, users in leaves.items()]
 
         s = _pullback([loss], z, [torch.ones_like(loss)], create_graph=True)
         u = [s_i.detach().requires_grad_() for s_i in s]
         x = [*leaves, *(point for way in points for point, _ in way)]
-        Jtu = iter(_pullback(z, x, u, create_graph=True))
+        with _without_hooks(leaves):
+            Jtu = iter(_pullback(z, x, u, create_graph=True))
         gradients = {p: next(Jtu) for p in leaves}
         ways = {
             p: [(next(Jtu), push) for _, push in way] for p, way in zip(leaves, points, strict=True)
@@ -268,8 +302,9 @@ class Hessian(Curvature):
     savefield = "hessian_product"
 
     def _differentiate(self, loss: Tensor, z: Tensors) -> tuple[dict[Tensor, Tensor], Multiply]:
-        leaves = list(_leaves([loss])[0])
-        g = _pullback([loss], leaves, [torch.ones_like(loss)], create_graph=True)
+        leaves = list(_leaves([_edge(loss)])[0])
+        with _without_hooks(leaves):
+            g = _pullback([loss], leaves, [torch.ones_like(loss)], create_graph=True)
         gradients = dict(zip(leaves, g, strict=True))
 
         def multiply(block: Tensors, v: Tensors) -> Tensors:
@@ -293,20 +328,41 @@ def _pullback(y: Tensors, x: Sequence[Any], v: Tensors, create_graph: bool = Fal
     ]
 
 
-User = tuple[Any, int]  # an operation, and which of its inputs
+@contextmanager
+def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Passes that end at these leaves, but leave their hooks to the pass of the gradient."""
+    # torch runs a leaf's hooks whenever a pass ends there, and reads them from this dictionary.
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in leaves if p._backward_hooks]
+    for live, _ in hooks:
+        live.clear()
+    try:
+        yield
+    finally:
+        for live, kept in hooks:
+            live.update(kept)
 
 
-def _leaves(y: Tensors, stop: Tensors = ()) -> tuple[dict[Tensor, list[User]], bool]:
-    """The leaves y depends on other than through `stop`, their users, and if `stop` was met."""
-    ends = {get_gradient_edge(y_i)[:2] for y_i in stop}
-    todo: list[tuple[User, User]] = [(get_gradient_edge(y_i)[:2], (None, 0)) for y_i in y]
-    leaves: dict[Tensor, list[User]] = {}
+Edge = tuple[Any, int]  # an operation of the graph, and which of its inputs or outputs
+
+
+def _edge(y: Tensor) -> Edge:
+    """Where a backward pass from y enters the graph."""
+    node, i, *_ = get_gradient_edge(y)
+    return node, i
+
+
+def _leaves(
+    starts: Iterable[Edge], stop: Sequence[Edge] = ()
+) -> tuple[dict[Tensor, list[Edge]], bool]:
+    """The leaves that are reached other than through `stop`, their users, and if `stop` was met."""
+    todo: list[tuple[Edge, Edge]] = [(edge, (None, 0)) for edge in starts]
+    leaves: dict[Tensor, list[Edge]] = {}
     seen = {None}
     met = False
     while todo:
         edge, user = todo.pop()
         node = edge[0]
-        if edge in ends:
+        if edge in stop:
             met = True
         elif type(node).__name__ == "AccumulateGrad":
             leaves.setdefault(node.variable, []).append(user)
@@ -316,10 +372,12 @@ def _leaves(y: Tensors, stop: Tensors = ()) -> tuple[dict[Tensor, list[User]], b
     return leaves, met
 
 
-def _points(p: Tensor, users: list[User]) -> list[tuple[Any, Push]]:
+def _points(p: Tensor, users: list[Edge]) -> list[tuple[Any, Push]]:
     """Points of the graph that p acts through, and how a change of p arrives at each."""
-    # The second derivative of a convolution also computes two that nobody asked for, one of them by
-    # a slow transposed convolution. So a change of a kernel is taken to where the layer ends.
+    # For a change of its kernel, torch's second derivative of a convolution also computes what
+    # becomes of the gradient of its input, a slow transposed convolution that no product needs. So
+    # the change is taken to where the layer ends. (For a change of the input, it also computes what
+    # becomes of the gradient of the kernel: each convolution above the block still does that.)
     if all(
         node is not None and (node.name(), i) == ("ConvolutionBackward0", 1) for node, i in users
     ):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from cgn_tutorial.cgn import Solve
+from cgn_tutorial.cgn import BlockSolve
 
 __all__ = ["History", "accuracy", "default_device", "train"]
 
@@ -51,7 +51,7 @@ class History:
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    solves: list[list[Solve]] = field(default_factory=list)
+    solves: list[list[BlockSolve]] = field(default_factory=list)
 
     @property
     def products(self) -> list[int]:
