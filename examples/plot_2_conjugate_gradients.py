@@ -238,9 +238,24 @@ def textbook_cg(A, b, steps):
 
 
 # %%
-# The ``cg`` that this tutorial trains with is the same loop, for a matrix
-# given as a function, with care for what can happen in practice. Its callback
-# collects the iterates, which are those of both loops above.
+# The ``cg`` that this tutorial trains with takes the same steps, for a matrix
+# given as a function. This is their source; ``M`` is a `preconditioner
+# <#preconditioning>`__, without which ``z`` is the residual ``r`` and ``rz``
+# the number :math:`r^\top r`.
+
+import inspect
+
+from cgn_tutorial import cgn
+
+print(inspect.getsource(cgn._steps))
+
+# %%
+# Around this loop, ``cg`` looks at each step before it takes it. Is the
+# residual small enough, or the budget spent (`When to stop <#when-to-stop>`__)?
+# Is the curvature :math:`p^\top A p` positive (`Negative curvature
+# <#negative-curvature>`__)? Are all numbers finite? On a GPU, it waits for the
+# device once per step, to fetch the numbers that decide. Its callback collects
+# the iterates, which are those of both loops above.
 
 from cgn_tutorial import cg
 
@@ -251,53 +266,12 @@ def solve(A, b, **options):
     return result, torch.stack(path)
 
 
-result, path = solve(A_12.mv, b_12, tol=0, atol=0)
+result, path = solve(A_12.mv, b_12, tol=0, atol=0, maxiter=n)
 assert result.products == n
 torch.testing.assert_close(path, textbook_cg(A_12, b_12, n))
 torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 
 # %%
-# This is its source, without the documentation, which the file ``cgn.py`` has.
-
-import inspect
-
-signature, documentation, body = inspect.getsource(cg).split('"""')
-print(signature.rstrip() + body)
-
-# %%
-# From top to bottom:
-#
-# - The ``_check`` functions refuse what cannot be solved, with a message that
-#   says why. An empty system is solved already.
-# - ``dot_rounding`` and ``largest`` are the limits of the number format, in
-#   units that the tests further down need.
-# - ``r`` is the residual at the start. Starting at zero, the default, saves
-#   the product :math:`A \cdot 0`.
-# - ``b_scale`` and ``scale`` are powers of two near the largest numbers in
-#   ``b`` and ``r``. Dividing by them is exact, and keeps the squares in
-#   :math:`\lVert r \rVert^2` from vanishing where gradients do: a ``b`` of
-#   size 1e-30 is as good as any, in float32 too.
-# - ``bound`` is where to stop, see `When to stop <#when-to-stop>`__;
-#   ``residuals`` records the norms that are compared with it.
-# - ``d`` is the path from the start, in units of ``scale``, and ``iterate``
-#   turns it into :math:`x`.
-# - ``z`` is the residual again, unless there is a preconditioner ``M``, see
-#   `Preconditioning <#preconditioning>`__. ``p`` is the first direction,
-#   ``rz`` the number :math:`r^\top r`.
-# - ``while``: until the residual is small enough, or ``maxiter`` products are
-#   spent.
-# - ``Ap``, ``pAp``, ``alpha``, ``d_next``, ``r_next``: the step, as in the
-#   textbook loop.
-# - ``_numbers`` fetches what the decisions need. On a GPU this waits for the
-#   device, so it happens once per step. ``_check_progress`` raises an error if
-#   a product is not finite or ``M`` not positive definite.
-# - ``flat``, ``stop``: the curvature :math:`p^\top A p` is not positive, see
-#   `Negative curvature <#negative-curvature>`__. ``finite``: the numbers of
-#   the step do not overflow. If it must not be taken, the solve ends with the
-#   iterate reached or, on the first step, with ``p``.
-# - The step is taken and reported. ``beta`` makes the next direction
-#   conjugate, as in the textbook loop.
-#
 # How fast
 # --------
 #
@@ -328,7 +302,8 @@ print(signature.rstrip() + body)
 # iterates, and nothing else. That is checked first.
 
 eigenvalues = torch.linspace(1, 20, n).double()
-_, path_diagonal = solve(eigenvalues.mul, Q.T @ b_12, tol=0, atol=0)
+options = {"tol": 0, "atol": 0, "maxiter": n}
+_, path_diagonal = solve(eigenvalues.mul, Q.T @ b_12, **options)
 torch.testing.assert_close(path_diagonal @ Q.T, path)
 
 
@@ -496,6 +471,17 @@ _ = describe(
 # hundredth the two residuals agree to a percent, so that the tolerance of
 # training, 0.1, means what it says.
 #
+# So the number of unknowns is no limit to rely on. Without a ``maxiter``,
+# ``cg`` allows ten products for each unknown, as SciPy does.
+
+eigenvalues = torch.logspace(0, 4, 60).double()
+b = torch.ones(60).double()
+limited, unlimited = cg(eigenvalues.mul, b, maxiter=60), cg(eigenvalues.mul, b)
+print(f"{unlimited.products} products for {b.numel()} unknowns")
+assert not limited.converged and limited.residuals[-1] > 1
+assert unlimited.converged and unlimited.products > 2 * b.numel()
+
+# %%
 # And the residual rises at first: what CG makes smaller at every step is the
 # error in its norm, not the residual.
 #
@@ -695,6 +681,7 @@ def quadratic_model(path, A, b):
 
 result, path = solve(A, -g, tol=1e-4)
 model_values = quadratic_model(path, A, -g)
+assert abs(result.model / model_values[-1] - 1) < 1e-9  # cg reports it, too
 missing = 1 - model_values / model_values[-1]
 relative = torch.tensor(result.residuals) / g.norm()
 assert (path[1:] @ -g > 0).all() and (relative.diff() > 0).any()

@@ -246,6 +246,41 @@ for ours, theirs in zip(losses, history.loss, strict=True):
     assert abs(ours - theirs) < 1e-3
 
 # %%
+# Can a product be trusted?
+# -------------------------
+#
+# A curvature matrix is symmetric, and the GGN of a convex loss positive
+# semi-definite. Both can be tried with random vectors :math:`u` and :math:`v`:
+# :math:`u^\top C v = v^\top C u` and :math:`u^\top C u \ge 0`. The optimizer
+# does so on request, after a backward pass and before a step, and it pays for
+# a new model, loss or source of products. For the residual network:
+
+torch.manual_seed(0)
+model = make_residual_cnn()
+optimizer = CGNOptimizer(model.parameters(), GGN(layers(model)))
+z = model(images)
+optimizer.bp_extension.backward(cross_entropy(z, labels), z)
+asymmetry = optimizer.check_products(positive=True)
+print(f"largest difference, relative to the length of Cv: {asymmetry:.0e}")
+
+# %%
+# Rounding, and nothing else. A case that fails is the Hessian of a layer whose
+# weight is normalised by ``weight_norm``, since PyTorch's own second derivative
+# of this operation is wrong:
+
+normed = nn.utils.parametrizations.weight_norm(nn.Linear(784, 16))
+model = nn.Sequential(nn.Flatten(), normed, nn.Tanh(), nn.Linear(16, 10))
+optimizer = CGNOptimizer(model.parameters(), Hessian(layers(model)))
+z = model(images)
+optimizer.bp_extension.backward(cross_entropy(z, labels), z)
+try:
+    optimizer.check_products()
+except RuntimeError as error:
+    print(error)
+else:
+    raise AssertionError("the Hessian of weight_norm is right by now")
+
+# %%
 # What a product costs
 # --------------------
 #
