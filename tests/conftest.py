@@ -5,8 +5,7 @@ import systems
 import torch
 from hypothesis import settings
 
-# These run in environments of their own: what builds small sites by `nox -s rebuild`, and what needs
-# the built site by `nox -s site downloads`.
+# These run in environments of their own, by `nox -s rebuild` and `nox -s site downloads`.
 collect_ignore = ["test_rebuild.py", "site"]
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
