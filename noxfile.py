@@ -79,7 +79,9 @@ def downloads(session: nox.Session) -> None:
     if not wheel.exists():
         session.error(f"{wheel} is missing: build the site first, nox -s docs")
     session.install(str(wheel), *nox.project.dependency_groups(PYPROJECT, "downloads"))
-    session.run("pytest", "--verbose", "--noconftest", "tests/downloads.py", *session.posargs)
+    session.run(
+        "pytest", "--verbose", "--noconftest", "tests/site/test_downloads.py", *session.posargs
+    )
 
 
 @nox.session
@@ -108,7 +110,7 @@ def rebuild(session: nox.Session) -> None:
     """Check what a second build of a small site runs again, and what a failing page leaves."""
     install(session, "docs")
     session.install("pytest>=8")
-    session.run("pytest", "--verbose", "--noconftest", "tests/rebuild.py", *session.posargs)
+    session.run("pytest", "--verbose", "--noconftest", "tests/test_rebuild.py", *session.posargs)
 
 
 if __name__ == "__main__":

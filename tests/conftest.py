@@ -5,8 +5,8 @@ import systems
 import torch
 from hypothesis import settings
 
-# `nox -s downloads`, `nox -s rebuild` and `nox -s site` run these, in environments of their own.
-collect_ignore = ["downloads.py", "rebuild.py", "site"]
+# These run in environments of their own, by `nox -s rebuild` and `nox -s site downloads`.
+collect_ignore = ["test_rebuild.py", "site"]
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")

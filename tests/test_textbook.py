@@ -35,19 +35,12 @@ def test_the_textbook_version_takes_one_iteration_more_and_a_product_for_the_fir
 
 def test_the_optimizer_prints_the_digits_of_the_textbook_version():
     config = load_published_run()["config"]
+    solver = {name: config[name] for name in ("lr", "damping", "maxiter", "tol", "atol")}
     printed = []
     for optimizer_type in (TextbookOptimizer, CGNOptimizer):
         torch.manual_seed(config["seed"])
         model = extend(make_model())
-        optimizer = optimizer_type(
-            model.parameters(),
-            GGNMP(),
-            lr=config["lr"],
-            damping=config["damping"],
-            maxiter=config["cg_maxiter"],
-            tol=config["cg_tol"],
-            atol=config["cg_atol"],
-        )
+        optimizer = optimizer_type(model.parameters(), GGNMP(), **solver)
         loss_function = extend(torch.nn.CrossEntropyLoss())
         loader = mnist_loader(config["batch_size"])
         history = train(model, loss_function, optimizer, loader, steps=6)

@@ -53,10 +53,10 @@ class TextbookOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.bp_extension = bp_extension
         self.damping = damping
-        self.solver = {"maxiter": maxiter, "tol": tol, "atol": atol}
+        self.solver: dict[str, Any] = {"maxiter": maxiter, "tol": tol, "atol": atol}
         super().__init__(parameters, {"lr": lr})
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Solve and move, parameter by parameter."""
         for group in self.param_groups:
             for x in group["params"]:

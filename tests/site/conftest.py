@@ -1,6 +1,7 @@
 """What the tests of the built site share: the pages, a server, one browser, and the tally.
 
-`nox -s site` runs them, in an environment of its own.
+`nox -s site` runs them, in an environment of its own, except for those of the downloads, which run
+by `nox -s downloads` in one that has nothing of the project but the site's wheel.
 """
 
 import collections
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 
 import playwright.sync_api
 import pytest
+
+collect_ignore = ["test_downloads.py"]
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "_build" / "html"
