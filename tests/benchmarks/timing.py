@@ -110,10 +110,8 @@ def bench_products(quick: bool) -> list[Row]:
     torch.manual_seed(0)
     problem = Problem(make_model().to(DEVICE), *mnist(BATCH_SIZE))
     parameters = dict(problem.model.named_parameters())
-    per_parameter, per_layer = (
-        problem.products(problem.parameters),
-        problem.products(layers(problem.model)),
-    )
+    per_parameter = problem.products(problem.parameters)
+    per_layer = problem.products(layers(problem.model))
     extended, loss_function = extend(deepcopy(problem.model)), extend(nn.CrossEntropyLoss())
 
     def extended_backward() -> Tensor:

@@ -12,13 +12,7 @@ from measuring import DEVICE, seconds
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import (
-    CGNOptimizer,
-    load_mnist,
-    load_published_run,
-    make_model,
-    mnist_loader,
-)
+from cgn_tutorial import CGNOptimizer, load_mnist, load_published_run, make_model, mnist_loader
 from cgn_tutorial.curvature import GGN, BlockProduct, layers
 
 CONFIG = load_published_run()["config"]
