@@ -25,7 +25,6 @@ extensions = [
     "gallery",
     "head",
     "mathml",
-    "promises",
 ]
 exclude_patterns = ["_build", "auto_examples/*.ipynb", "sg_execution_times.rst"]
 default_role = "literal"

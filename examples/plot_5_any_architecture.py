@@ -506,80 +506,128 @@ assert dense_memory[-1] > 200 * GB
 #
 # Larger blocks keep more of the matrix. Does it pay? The tutorial's network
 # again, with one block per parameter, per layer, and for the whole network,
-# all solved to a tolerance of 0.1. The fourth run solves the whole network's
-# system ten times as well.
-
-STEPS = 20
-RUNS = {
-    "per parameter": (per_parameter, 0.1),
-    "per layer": (layers, 0.1),
-    "network": (whole_network, 0.1),
-    "network, tol 0.01": (whole_network, 0.01),
-}
-
-
-def run(blocks, **options):
-    torch.manual_seed(0)
-    model, loader = make_model(), mnist_loader(64)
-    curvature = GGN(blocks(model))
-    optimizer = CGNOptimizer(model.parameters(), curvature, **options)
-    backward = curvature.backward
-    return train(
-        model, cross_entropy, optimizer, loader, steps=STEPS, backward=backward
-    )
-
-
-# %%
-
-histories = {}
-for label, (blocks, tol) in RUNS.items():
-    options = {"lr": 0.2, "damping": 1e-3, "tol": tol}
-    history = histories[label] = run(blocks, **options)
-    late = statistics.median(history.loss[-10:])
-    print(f"{label:18} {sum(history.products):5d} products", end="")
-    print(f" {sum(history.seconds):5.1f} s, loss {late:.2f}")
-
-# %%
+# from three seeds. A fair comparison needs something held equal, and there is
+# a choice: the tolerance of the solves, at 0.1 or at 0.01, or the number of
+# products.
 
 from itertools import accumulate
 
-from cgn_tutorial.plotting import plot_histories
+STEPS = 16
+SEEDS = range(3)
+KINDS = {
+    "per parameter": per_parameter,
+    "per layer": layers,
+    "network": whole_network,
+}
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
-plot_histories(left, histories, "loss")
-markers, colors = "os^D", list(COLORS.values())
-for i, history in enumerate(histories.values()):
-    total = [0, *accumulate(history.products)][:-1]
-    style = {"c": colors[i], "marker": markers[i], "markevery": (i, 10)}
-    right.plot(total, history.loss, ms=4, lw=1.2, **style)
-right.set(xlabel="products")
-handles, names = left.get_legend_handles_labels()
-fig.legend(handles, names, loc="lower center", ncols=2, frameon=False)
-fig.tight_layout(rect=(0, 0.16, 1, 1))
+
+def run(blocks, seed, tol, enough=lambda steps, products: steps == STEPS):
+    """Losses and products of each step, and the seconds of all."""
+    torch.manual_seed(seed)
+    model, loader = make_model(), iter(mnist_loader(64))
+    curvature = GGN(blocks(model))
+    options = {"lr": 0.2, "damping": 1e-3, "tol": tol}
+    optimizer = CGNOptimizer(model.parameters(), curvature, **options)
+    losses, products, seconds = [], [], 0.0
+    while not enough(len(losses), sum(products)):
+        history = train(
+            model,
+            cross_entropy,
+            optimizer,
+            loader,
+            steps=1,
+            backward=curvature.backward,
+        )
+        losses += history.loss
+        products += history.products
+        seconds += history.seconds[0]
+    return losses, products, seconds
+
+
+# %%
+# First at equal tolerances, for 16 steps.
+
+
+def report(label, tol, runs):
+    late = ", ".join(f"{statistics.median(run[0][-5:]):.2f}" for run in runs)
+    steps, products = len(runs[0][0]), sum(sum(run[1]) for run in runs) / 3
+    seconds = sum(run[2] for run in runs) / 3
+    print(f"tol {tol:<4g}  {label:13}  {steps:3d} steps, ", end="")
+    print(f"{products:4.0f} products, {seconds:4.1f} s, late losses {late}")
+
+
+runs = {}
+for tol in (0.1, 0.01):
+    for label, blocks in KINDS.items():
+        runs[label, tol] = [run(blocks, seed, tol) for seed in SEEDS]
+        report(label, tol, runs[label, tol])
+
+# %%
+# Then the whole network at a tolerance of 0.1 once more, with as many products
+# as the blocks per layer have used.
+
+budgets = [sum(run[1]) for run in runs["per layer", 0.1]]
+runs["network", "equal"] = [
+    run(whole_network, seed, 0.1, lambda _, used, most=most: used >= most)
+    for seed, most in zip(SEEDS, budgets, strict=True)
+]
+report("network", 0.1, runs["network", "equal"])
+
+# %%
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
+for ax, tol in zip(axes, (0.01, 0.1), strict=True):
+    for label, color, line in zip(
+        KINDS, ("blue", "orange", "green"), ("-", "--", "-."), strict=True
+    ):
+        chosen = (label, tol) if (label, tol) != ("network", 0.1) else (label, "equal")
+        for seed, (losses, products, _) in enumerate(runs[chosen]):
+            spent = [0, *accumulate(products)][:-1]
+            style = {"c": COLORS[color], "ls": line, "lw": 1}
+            name = label if seed == 0 else None
+            ax.plot(spent if tol == 0.1 else range(STEPS), losses, **style, label=name)
+    ax.set(title=f"tolerance {tol:g}", ylim=(0, 3.2))
+axes[0].set(xlabel="step", ylabel="mini-batch loss")
+axes[1].set(xlabel="products")
+handles, names = axes[0].get_legend_handles_labels()
+fig.legend(handles, names, loc="lower center", ncols=3, frameon=False)
+fig.tight_layout(rect=(0, 0.09, 1, 1))
 _ = describe(
     fig,
-    "The mini-batch loss over steps and over products. Over steps, the whole"
-    " network with tolerance 0.01 falls first, blocks per layer and per"
-    " parameter follow after five steps, and faster; all three end near 0.5."
-    " The whole network with tolerance 0.1 stays at 2.3, on few products.",
+    "The mini-batch loss of nine runs each. Left, over steps at a tolerance of"
+    " 0.01: blocks per layer fall from 2.3 to below 1 with all three seeds,"
+    " while some of the other runs leave the picture upwards. Right, over"
+    " products at a tolerance of 0.1: all nine runs fall, those per layer first.",
 )
 
 # %%
-# One block per layer needs fewer products than one per parameter, for as much
-# progress: weight and bias of a layer act together, and are solved for
-# together. The whole network's system leaves the plateau first, since it alone
-# knows how the layers act on each other; each of its products passes through
-# the whole network, though, and takes about as long as one with each of the
-# layers' blocks. And with a tolerance of 0.1, it does not train at all.
+# What holds on all three seeds:
+#
+# - At a tolerance of 0.1, blocks per parameter and per layer both train, and
+#   those per layer with fewer products.
+# - The whole network at 0.1 does not train in 16 steps: it stops after a product
+#   or two. Given as many products as the layers, it trains as well as they do,
+#   in many more steps, each with a gradient to pay for as well.
+# - At a tolerance of 0.01, blocks per layer train on every seed. Runs of the two
+#   other kinds blow up on some. Which do depends on rounding; why, is not known
+#   here. A more exact solution of a model of one mini-batch is not a safer step.
 
-products = {label: sum(h.products) for label, h in histories.items()}
-loss = {label: torch.tensor(h.loss) for label, h in histories.items()}
-assert products["per layer"] < 0.95 * products["per parameter"]
-for label in RUNS.keys() - {"network"}:
-    assert loss[label][-10:].median() < 1
-assert loss["network"].min() > 2.2
-early = {label: loss[label][2:5].mean() for label in RUNS}
-assert min(early, key=early.get) == "network, tol 0.01"
+
+def late(label, tol):
+    return [statistics.median(losses[-5:]) for losses, _, _ in runs[label, tol]]
+
+
+for label in ("per parameter", "per layer"):
+    assert max(late(label, 0.1)) < 1.2
+for layer, parameter in zip(
+    runs["per layer", 0.1], runs["per parameter", 0.1], strict=True
+):
+    assert sum(layer[1]) < 0.95 * sum(parameter[1])
+assert min(late("network", 0.1)) > 2.2
+assert max(late("network", "equal")) < 1.2
+assert min(len(run[0]) for run in runs["network", "equal"]) > 5 * STEPS
+assert max(late("per layer", 0.01)) < 1.2
+assert max(late("per parameter", 0.01) + late("network", 0.01)) > 3
 
 # %%
 # Why does the network need a tighter tolerance?
@@ -659,12 +707,11 @@ _ = describe(
 # %%
 # The last layer has nine tenths of :math:`\lVert b \rVert^2`. A tolerance of
 # 0.1 lets a hundredth remain, and the two convolutions together have less than
-# that: as far as the residual tells, they need not move at all, and they do
-# not. Their steps are less than a hundredth as long as they should be, training
-# on the plateau goes nowhere, and the next batch finds the same picture. With
-# 0.01, the second convolution's share counts, and the whole step comes out
-# within a few percent. With a block per layer, a tolerance of 0.1 asks for a
-# digit of *each* layer's gradient.
+# that: as far as the residual tells, they need not move at all, and their steps
+# are less than a hundredth as long as they should be. With 0.01, the second
+# convolution's share counts, and the whole step comes out within a few percent.
+# With a block per layer, a tolerance of 0.1 asks for a digit of *each* layer's
+# gradient.
 
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
 assert share[1] > 2 * 0.01**2
@@ -823,7 +870,8 @@ assert reason[GGN] != "negative curvature" == reason[Hessian]
 # an extended model nor an extended loss.
 #
 # **Which blocks?** One per layer is a good start. The whole network as one
-# block knows most, and needs a tolerance small enough for its smallest layers.
+# block knows most, and needs a tolerance small enough for its smallest layers,
+# or many steps.
 #
 # One model, one seed and one batch size each: take the settings of this page
 # as a place to start from, not as a rule.

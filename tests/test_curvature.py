@@ -130,7 +130,7 @@ def F_loss(loss_function: nn.Module, z: Tensor, targets: Tensor) -> Tensor:
         (name, training)
         for name in PUBLISHED
         for training in (True, False)
-        # BackPACK has no second derivatives of BatchNorm1d in training mode.
+        # Before BatchNorm in training mode, a bias has no curvature to compare by its size.
         if not (training and name == "BatchNorm1d")
     ],
 )

@@ -34,7 +34,7 @@ class Tried(CGNOptimizer):
             D = D + group["damping"]
             M = lambda v: v / D  # noqa: E731
         result = cg(
-            lambda v: block.product(v[None])[0] + group["damping"] * v,
+            lambda v: block.product(v) + group["damping"] * v,
             -g,
             self.warm * before if self.warm and before is not None else None,
             M=M,
