@@ -496,6 +496,7 @@ for label in ("GGN", "Hessian", "PCH-abs", "PCH-clip"):
 # images of the 64.
 
 published = load_published_run()
+assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}
 iterations = published["iterations"]
 print("  iteration         " + "".join(f"{i:8d}" for i in iterations))
 difference = {}
