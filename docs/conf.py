@@ -26,6 +26,7 @@ extensions = [
     "head",
     "mathml",
     "promises",
+    "themed_image",
 ]
 exclude_patterns = ["_build", "auto_examples/*.ipynb", "sg_execution_times.rst"]
 default_role = "literal"
