@@ -68,7 +68,8 @@ def docs_live(session: nox.Session) -> None:
     session.install("sphinx-autobuild>=2024.10")
     build_wheel(session)
     watched = [arg for folder in ("src", "examples") for arg in ("--watch", folder)]
-    ignored = ["--ignore", "*/docs/auto_examples/*", "--ignore", "*/docs/api/*"]
+    written = ("*/docs/auto_examples/*", "*/docs/api/*", "*.dark.svg")
+    ignored = [arg for pattern in written for arg in ("--ignore", pattern)]
     session.run("sphinx-autobuild", *watched, *ignored, SOURCE, SITE, *session.posargs)
 
 

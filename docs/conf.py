@@ -25,6 +25,7 @@ extensions = [
     "gallery",
     "head",
     "mathml",
+    "themed_image",
 ]
 exclude_patterns = ["_build", "auto_examples/*.ipynb", "sg_execution_times.rst"]
 default_role = "literal"

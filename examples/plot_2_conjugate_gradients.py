@@ -546,8 +546,6 @@ _ = describe(
 # and with the `Hessian <plot_1_newton_step.html#hessian>`__ on the weights.
 # They run in float64.
 
-import warnings
-
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP
 
@@ -564,9 +562,7 @@ _ = train(model, loss_function, adam, loader, steps=150)
 images, labels = next(iter(loader))
 model, loss_function = extend(model.double()), extend(loss_function)
 loss = loss_function(model(images.double()), labels)
-with backpack(GGNMP(), HMP()), warnings.catch_warnings():
-    # The first layer's inputs need no gradient; torch warns, harmlessly.
-    warnings.filterwarnings("ignore", "Full backward hook is firing")
+with backpack(GGNMP(), HMP()):
     loss.backward()
 weight = model[0].weight
 g = weight.grad.flatten()

@@ -70,7 +70,6 @@ To run this page yourself, download it from its end, and install its package:
 # this machine has one, else the CPU.
 
 import inspect
-import warnings
 
 import torch
 from backpack import backpack, extend
@@ -87,9 +86,6 @@ from cgn_tutorial import (
     mnist_loader,
     train,
 )
-
-# BackPACK hooks the first layer, whose inputs need no gradient.
-warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 # %%
 # Solves stop at a relative residual of 0.1, which is loose, or after at most
@@ -597,6 +593,7 @@ for label in ("GGN", "Hessian", "PCH-abs", "PCH-clip"):
 # images of the 64.
 
 published = load_published_run()
+assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}
 iterations = published["iterations"]
 print("  iteration         " + "".join(f"{i:8d}" for i in iterations))
 difference = {}

@@ -145,14 +145,10 @@ def ggn_product(loss, z, x):
 # <plot_3_matrix_free_optimization.html>`__, in double precision:
 
 import copy
-import warnings
 
 from torch.nn.functional import cross_entropy
 
 from cgn_tutorial import make_model
-
-# BackPACK hooks the first layer, whose inputs need no gradient.
-warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 torch.manual_seed(0)
 model = make_model().double()

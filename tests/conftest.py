@@ -5,11 +5,18 @@ import systems
 import torch
 from hypothesis import settings
 
+from cgn_tutorial.training import HARMLESS
+
 # These run in environments of their own, by `nox -s rebuild` and `nox -s site downloads`.
 collect_ignore = ["test_rebuild.py", "site"]
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Around each test pytest sets filters of its own, above the one that the package sets.
+    config.addinivalue_line("filterwarnings", f"ignore:{HARMLESS}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

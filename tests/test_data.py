@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cgn_tutorial import load_mnist, mnist_loader
+from cgn_tutorial import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.data import MNIST_MEAN, MNIST_STD
 
 BUNDLED = resources.files("cgn_tutorial") / "mnist"
@@ -137,3 +137,10 @@ def test_the_loader_draws_from_torchs_global_generator():
 def test_the_loader_keeps_the_last_smaller_batch():
     sizes = [len(targets) for _, targets in mnist_loader(3_000, train=False)]
     assert sizes == [3_000, 3_000, 3_000, 1_000]
+
+
+def test_the_published_run_has_two_figures_for_each_iteration_of_nine_runs():
+    published = load_published_run()
+    assert len(published["runs"]) == 9
+    for figures in published["runs"].values():
+        assert len(figures["loss"]) == len(figures["accuracy"]) == len(published["iterations"])

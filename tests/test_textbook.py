@@ -35,14 +35,14 @@ def test_the_textbook_version_takes_one_iteration_more_and_a_product_for_the_fir
 
 def test_the_optimizer_prints_the_digits_of_the_textbook_version():
     config = load_published_run()["config"]
-    solver = {name: config[name] for name in ("lr", "damping", "maxiter", "tol", "atol")}
+    seed, batch_size = config.pop("seed"), config.pop("batch_size")
     printed = []
     for optimizer_type in (TextbookOptimizer, CGNOptimizer):
-        torch.manual_seed(config["seed"])
+        torch.manual_seed(seed)
         model = extend(make_model())
-        optimizer = optimizer_type(model.parameters(), GGNMP(), **solver)
+        optimizer = optimizer_type(model.parameters(), GGNMP(), **config)
         loss_function = extend(torch.nn.CrossEntropyLoss())
-        loader = mnist_loader(config["batch_size"])
+        loader = mnist_loader(batch_size)
         history = train(model, loss_function, optimizer, loader, steps=6)
         printed.append([f"{loss:.5f}" for loss in history.loss])
     assert printed[0] == printed[1]

@@ -102,7 +102,8 @@ def load_published_run() -> dict[str, Any]:
     """The loss and accuracy that the published example printed.
 
     Returns:
-        `"config"`: its settings, `"iterations"`: when it printed, and `"runs"`: for each of nine
+        `"config"`: its `"seed"`, its `"batch_size"`, and its settings by the names that
+        `CGNOptimizer` gives them; `"iterations"`: when it printed; and `"runs"`: for each of nine
         optimizers, its `"loss"` and `"accuracy"` on the mini-batches of those iterations.
 
     Source:

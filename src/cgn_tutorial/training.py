@@ -18,6 +18,10 @@ from cgn_tutorial.cgn import BlockSolve
 
 __all__ = ["History", "accuracy", "default_device", "train"]
 
+# BackPACK hooks the first layer, whose inputs need no gradient. Torch warns of that, harmlessly.
+HARMLESS = "Full backward hook is firing"
+warnings.filterwarnings("ignore", HARMLESS)
+
 
 def default_device() -> torch.device:
     """The accelerator of this machine if there is one, else its CPU."""
@@ -119,10 +123,7 @@ def _backpack_backward(optimizer: Optimizer) -> Callable[[Tensor, Tensor], None]
     extensions = [optimizer.bp_extension] if hasattr(optimizer, "bp_extension") else []
 
     def backward(loss: Tensor, outputs: Tensor) -> None:
-        with warnings.catch_warnings():
-            # BackPACK hooks the first layer, whose inputs need no gradient: harmless.
-            warnings.filterwarnings("ignore", "Full backward hook is firing")
-            with backpack(*extensions):
-                loss.backward()
+        with backpack(*extensions):
+            loss.backward()
 
     return backward
