@@ -277,15 +277,15 @@ _ = describe(
 # that is normalised in between turn it to the eigenvector of the largest
 # eigenvalue.
 
-from cgn_tutorial import cg
-
 
 def measure(model):
     inputs, targets = (t.to(device) for t in loader.dataset[:BATCH_SIZE])
     model.zero_grad()
     with backpack(GGNMP()):
         loss_function(model(inputs), targets).backward()
-    return [layer_row(layer.weight) for layer in model if hasattr(layer, "weight")]
+    return [
+        layer_row(layer.weight) for layer in model if hasattr(layer, "weight")
+    ]
 
 
 @torch.no_grad()
@@ -306,13 +306,18 @@ def layer_row(p):
 # %%
 
 torch.manual_seed(SEED)
-tables = {"before": measure(extend(make_model().to(device))), "after": measure(model)}
+tables = {
+    "before": measure(extend(make_model().to(device))),
+    "after": measure(model),
+}
 LAYERS = ["conv 1", "conv 2", "linear 1", "linear 2"]
 for when, rows in tables.items():
     print(f"{when:10}     ‖g‖   curvature   ‖v‖/‖g‖   cosine of v and −g")
     for name, row in zip(LAYERS, rows, strict=True):
         g, top, ratio, cosine = row
-        print(f"{name:8}  {g:8.4f}   {top:9.5f}   {ratio:7.1f}   {cosine:6.2f}")
+        print(
+            f"{name:8}  {g:8.4f}   {top:9.5f}   {ratio:7.1f}   {cosine:6.2f}"
+        )
 
 # %%
 
@@ -357,7 +362,9 @@ before, after = (torch.tensor(rows).T for rows in tables.values())
 assert (before[1, :2] < DAMPING).all() and (before[1, 2:] > 10 * DAMPING).all()
 assert (before[2, :2] > 0.7 / DAMPING).all() and (before[3, :2] > 0.95).all()
 assert before[2, 3] < 0.01 / DAMPING
-assert (after[1] > DAMPING).all() and (after[1, :2] > 100 * before[1, :2]).all()
+assert (after[1] > DAMPING).all() and (
+    after[1, :2] > 100 * before[1, :2]
+).all()
 assert (after[3] < 0.95).all()
 
 # %%

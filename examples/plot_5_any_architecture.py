@@ -576,12 +576,21 @@ for ax, tol in zip(axes, (0.01, 0.1), strict=True):
     for label, color, line in zip(
         KINDS, ("blue", "orange", "green"), ("-", "--", "-."), strict=True
     ):
-        chosen = (label, tol) if (label, tol) != ("network", 0.1) else (label, "equal")
+        chosen = (
+            (label, tol)
+            if (label, tol) != ("network", 0.1)
+            else (label, "equal")
+        )
         for seed, (losses, products, _) in enumerate(runs[chosen]):
             spent = [0, *accumulate(products)][:-1]
             style = {"c": COLORS[color], "ls": line, "lw": 1}
             name = label if seed == 0 else None
-            ax.plot(spent if tol == 0.1 else range(STEPS), losses, **style, label=name)
+            ax.plot(
+                spent if tol == 0.1 else range(STEPS),
+                losses,
+                **style,
+                label=name,
+            )
     ax.set(title=f"tolerance {tol:g}", ylim=(0, 3.2))
 axes[0].set(xlabel="step", ylabel="mini-batch loss")
 axes[1].set(xlabel="products")
@@ -610,7 +619,9 @@ _ = describe(
 
 
 def late(label, tol):
-    return [statistics.median(losses[-5:]) for losses, _, _ in runs[label, tol]]
+    return [
+        statistics.median(losses[-5:]) for losses, _, _ in runs[label, tol]
+    ]
 
 
 for label in ("per parameter", "per layer"):
