@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -17,14 +18,15 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "tests"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+OLDEST_PYTHON = PYPROJECT["project"]["requires-python"].removeprefix(">=")
 SOURCE = "docs"
 SITE = "docs/_build/html"
 WHEEL = "docs/_build/wheel"
 
 
-def install(session: nox.Session, *groups: str) -> None:
+def install(session: nox.Session, *groups: str, options: Sequence[str] = ()) -> None:
     """Install the package, in place, and the named dependency groups."""
-    session.install("-e", ".", *nox.project.dependency_groups(PYPROJECT, *groups))
+    session.install(*options, "-e", ".", *nox.project.dependency_groups(PYPROJECT, *groups))
 
 
 def build_wheel(session: nox.Session) -> None:
@@ -39,6 +41,13 @@ def build_wheel(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     install(session, "tests")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False)
+def lowest(session: nox.Session) -> None:
+    """Run the tests with the oldest versions that pyproject.toml allows."""
+    install(session, "tests", options=("--resolution", "lowest-direct"))
     session.run("pytest", *session.posargs)
 
 
@@ -110,7 +119,7 @@ def linkcheck(session: nox.Session) -> None:
 def rebuild(session: nox.Session) -> None:
     """Check what a second build of a small site runs again, and what a failing page leaves."""
     install(session, "docs")
-    session.install("pytest>=8")
+    session.install("pytest>=8.4")
     session.run("pytest", "--verbose", "--noconftest", "tests/test_rebuild.py", *session.posargs)
 
 
