@@ -373,10 +373,58 @@ def test_zeroed_gradient_of_a_frozen_parameter_is_passed_over(products):
     assert session.weights()[1] != moved
 
 
+@autograd_alone
+def test_outputs_computed_from_one_another_raise(products):
+    session = Session(products)
+
+    def loss() -> Tensor:
+        loss = session.loss()
+        session.outputs = session.outputs, 2 * session.outputs
+        return loss + mse_loss(session.outputs[1], Y)
+
+    session.refuses(ValueError, "Output 1, .* was computed from another one", loss)
+
+
+@both
+def test_hook_on_a_parameter_acts_on_the_gradient_alone(session):
+    session.model[0].weight.register_hook(lambda g: g / 2)
+    session.backward()
+    assert session.step() == 0.5
+
+
+@autograd_alone
+def test_hook_on_the_outputs_raises(session):
+    loss = session.loss()
+    session.outputs.register_hook(lambda g: g / 2)
+    session.refuses(ValueError, "has a hook, which would act on products", lambda: loss)
+
+
+@autograd_alone
+def test_sparse_gradients_raise(products):
+    session = Session(products, nn.Embedding(2, 1, sparse=True))
+    session.refuses(
+        RuntimeError, "is sparse.*sparse=False", lambda: session.loss(torch.arange(2), Y)
+    )
+
+
+@both
+def test_complex_parameters_raise(products):
+    with pytest.raises(TypeError, match="must be real"):
+        Session(products, nn.Linear(1, 1, dtype=torch.complex64))
+
+
+@both
+def test_several_processes_raise(session, monkeypatch):
+    session.backward()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    session.refuses(RuntimeError, r"torch\.distributed runs 2")
+
+
 # The page.
 
 
-@pytest.mark.filterwarnings(f"ignore:.*{MODIFIED}")
+@pytest.mark.filterwarnings(f"ignore:.*{MODIFIED}", "ignore:`torch.jit.* is deprecated")
 def test_page_shows_the_numbers_it_computes():
     result = doctest.testfile(str(PAGE), module_relative=False, encoding="utf-8")
     assert result.attempted > 0
