@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
-from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "Matrix-free second-order optimization"
 author = "The cgn-tutorial authors"
 project_copyright = f"2026, {author}"
-version = release = metadata.version("cgn-tutorial")
+version = release = runpy.run_path("../src/version.py")["VERSION"]
 wheel = f"cgn_tutorial-{version}-py3-none-any.whl"
 
 extensions = [
@@ -63,7 +63,6 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "doc_module": ("cgn_tutorial",),
     "backreferences_dir": "api/backreferences",
-    "reference_url": {"cgn_tutorial": None},
     "inspect_global_variables": False,
 }
 

@@ -46,7 +46,7 @@ definite, and :math:`\gamma` the step size.
 
 The batches of 64 images are those of the published run. Larger ones are usually
 recommended for second-order methods, which divide by a curvature as noisy as
-the gradient; `page 4 <plot_4_is_it_worth_it.html>`__ tries some.
+the gradient.
 
 The optimizer, the experiment and the published figures are those of BackPACK's
 example `Matrix-free second-order optimization
@@ -368,9 +368,8 @@ assert (after[1] > DAMPING).all() and (
 assert (after[3] < 0.95).all()
 
 # %%
-# Is this also why the network trains? A table cannot tell. `Page 4
-# <plot_4_is_it_worth_it.html#what-does-the-work>`__ takes the curvature away,
-# layer by layer, and gives SGD a rate for each layer.
+# Is this also why the network trains? A table cannot tell: it shows what the
+# steps are, not what would happen without them.
 #
 # Four curvatures against gradient descent
 # ----------------------------------------
@@ -572,8 +571,7 @@ assert all(late(histories["GGN"]) < late(history) for history in stopping)
 #
 # - In these 50 steps, SGD does not train this model, at any of five learning
 #   rates that span four orders of magnitude. A step of SGD is also much
-#   cheaper, and 50 are few: `page 4 <plot_4_is_it_worth_it.html>`__ gives it,
-#   momentum and Adam as much time as they need.
+#   cheaper, and 50 are few: it may well get there in more.
 # - Newton steps solved by CG do train it, with the GGN. BackPACK's two PCH are
 #   so close to the GGN here that they count as one method with it.
 # - The Hessian is not positive semi-definite, and plain CG fails on it. To stop

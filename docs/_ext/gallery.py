@@ -18,34 +18,41 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx_gallery.downloads import generate_zipfiles
 from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
 from sphinx_gallery.notebook import jupyter_notebook
 from sphinx_gallery.py_source_parser import split_code_and_text_blocks
 from sphinx_gallery.utils import zip_files
 
-PACKAGE = Path(__file__).parents[2] / "src" / "cgn_tutorial"
 FIGURES = Path(__file__).with_name("figures.py")
 
 #: A notebook's first cell, with the address of the wheel, or its file's name where there is none.
 INSTALL = """\
 # Install the package where it is missing{place}.
-import importlib.util
+from importlib import metadata
 
-if importlib.util.find_spec("cgn_tutorial") is None:
+try:
+    installed = metadata.version("cgn-tutorial")
+except metadata.PackageNotFoundError:
     %pip install --quiet {address}{wheel}
+else:
+    if installed != "{version}":
+        print(f"cgn-tutorial {{installed}} is installed; this notebook ran with {version}.")
+        print("To install that: %pip install {address}{wheel}, and restart the kernel.")
 """
 
 
 def forget_results(app: Sphinx) -> None:
-    """Make every page run again if the package's source is not what the pages last ran with.
+    """Make every page run again if the package, or how figures are saved, changed since they ran.
 
     Sphinx-Gallery compares each page's own text with the sum it left beside its result, and runs
     those that differ; it knows nothing of what the pages import.
     """
     gallery = Path(app.srcdir) / "auto_examples"
     stamp = gallery / ".package"
-    digest = package_digest()
+    figures = hashlib.sha256(FIGURES.read_bytes()).hexdigest()
+    digest = f"{app.config.release} {figures}"
     if stamp.exists() and stamp.read_text() == digest:
         return
     for md5 in gallery.rglob("*.md5"):
@@ -54,21 +61,11 @@ def forget_results(app: Sphinx) -> None:
     stamp.write_text(digest)
 
 
-def package_digest() -> str:
-    """A sum of everything that the pages run with: the package, its data, how figures are saved."""
-    digest = hashlib.sha256()
-    for path in (FIGURES, *sorted(PACKAGE.rglob("*"))):
-        if path.is_file() and path.suffix != ".pyc":
-            digest.update(hashlib.sha256(path.name.encode()).digest())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
 def write_notebooks(app: Sphinx) -> None:
     """Write the notebooks in place of Sphinx-Gallery's, and pack the downloads again."""
     gallery = Path(app.srcdir) / "auto_examples"
     for page in gallery.glob("plot_*.py"):
-        made = json.dumps(notebook(page, app.config.html_baseurl, app.config.wheel), indent=1)
+        made = json.dumps(notebook(page, app.config), indent=1)
         path = page.with_suffix(".ipynb")
         if not path.exists() or path.read_text() != made:
             path.write_text(made)
@@ -76,20 +73,23 @@ def write_notebooks(app: Sphinx) -> None:
     generate_zipfiles(gallery, app.srcdir, app.config.sphinx_gallery_conf)
 
 
-def notebook(page: Path, address: str, wheel: str) -> dict[str, Any]:
+def notebook(page: Path, config: Config) -> dict[str, Any]:
     """A page as a notebook, whose first cell installs the package.
 
     Args:
         page: The page's source.
-        address: The site's, with a slash at its end, or nothing.
-        wheel: The name of the package's wheel at that address.
+        config: The site's: its address, with a slash at its end, or nothing; the package's version;
+            the name of its wheel at that address.
 
     Returns:
         The notebook, as JSON has it.
     """
+    address = config.html_baseurl
     place = "" if address else ", from its wheel beside this notebook"
     conf = DEFAULT_GALLERY_CONF | {
-        "first_notebook_cell": INSTALL.format(place=place, address=address, wheel=wheel),
+        "first_notebook_cell": INSTALL.format(
+            place=place, address=address, wheel=config.wheel, version=config.release
+        ),
         "promote_jupyter_magic": False,
     }
     _, blocks = split_code_and_text_blocks(str(page))

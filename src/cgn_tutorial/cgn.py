@@ -432,7 +432,7 @@ class CGNOptimizer(Optimizer):
             probes: Pairs of vectors per block, each of two products.
 
         Returns:
-            The largest |uᵀCv − vᵀCu| found, relative to the mean of ‖Cu‖ and ‖Cv‖.
+            The largest `|uᵀCv − vᵀCu|` found, relative to the mean of ‖Cu‖ and ‖Cv‖.
 
         Raises:
             RuntimeError: It is larger than half of the dtype's digits allow, or uᵀCu is negative

@@ -8,12 +8,13 @@ import ast
 import functools
 import html
 import http.server
+import importlib.metadata
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ SOURCES = {page.name: page.read_bytes() for page in (ROOT / "examples").glob("pl
 SCRIPTS = sorted(SITE.glob("_downloads/*/plot_*.py"), key=lambda path: path.name)
 NOTEBOOKS = sorted(SITE.glob("_downloads/*/plot_*.ipynb"), key=lambda path: path.name)
 MAIN = "plot_3_matrix_free_optimization"
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = runpy.run_path(str(ROOT / "src" / "version.py"))["VERSION"]
 WHEEL = SITE / f"cgn_tutorial-{VERSION}-py3-none-any.whl"
 pages = functools.partial(pytest.mark.parametrize, ids=lambda path: path.name)
 
@@ -85,6 +86,26 @@ def requests(tmp_path_factory):
 def test_the_first_cell_installs_the_wheel_where_the_package_is_missing_and_only_there(requests):
     assert requests == [f"/{WHEEL.name}"]
     assert f"origin='{sys.prefix}" in installed()
+
+
+def first_cell(installed):
+    """Run a notebook's first cell where this version is installed."""
+    cell = notebook(NOTEBOOKS[0]).cells[0].source
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: installed)
+        exec(re.sub("%pip install --quiet .+", "raise AssertionError", cell), {})
+
+
+def test_the_first_cell_is_silent_where_the_notebooks_version_is_installed(capsys):
+    first_cell(VERSION)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_cell_says_so_where_another_version_is_installed(capsys):
+    first_cell("0.0.1+0123abcd")
+    said, remedy = capsys.readouterr().out.splitlines()
+    assert said == f"cgn-tutorial 0.0.1+0123abcd is installed; this notebook ran with {VERSION}."
+    assert remedy.endswith(f"{WHEEL.name}, and restart the kernel.")
 
 
 @pages("path", NOTEBOOKS)
