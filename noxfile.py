@@ -32,6 +32,8 @@ def install(session: nox.Session, *groups: str, options: Sequence[str] = ()) -> 
 def build_wheel(session: nox.Session) -> None:
     """Build the wheel that the site offers, in place of an earlier one."""
     shutil.rmtree(WHEEL, ignore_errors=True)
+    for earlier in Path(SITE).glob("*.whl"):
+        earlier.unlink()
     session.run(
         "hatchling", "build", "--target", "wheel", "--directory", str(Path(WHEEL).resolve())
     )
