@@ -37,6 +37,11 @@ class System:
         """‖b − A x‖, to float64's precision."""
         return (self.b.double() - self.A(x.double())).norm().item()
 
+    def value(self, x: Tensor) -> float:
+        """½ xᵀAx − bᵀx, to float64's precision."""
+        x = x.double()
+        return (x * (self.A(x) / 2 - self.b.double())).sum().item()
+
     def model(self, x: Tensor) -> float:
         """½ xᵀAx − bᵀx less its value at the start, to float64's precision."""
         start = torch.zeros_like(x) if self.x0 is None else self.x0

@@ -85,10 +85,10 @@ def test_quadratic_model_never_ends_above_its_start(system):
 
 @many_systems()
 @given(linear_systems(), st.sampled_from(["stop", "ignore"]))
-def test_model_is_the_change_of_the_quadratic_model(system, negative_curvature):
+def test_model_is_the_value_of_the_quadratic_model(system, negative_curvature):
     xs, result = iterates(system, atol=0, negative_curvature=negative_curvature)
     largest = max(x.double().norm().item() for x in xs)
-    assert abs(result.model - system.model(result.x)) <= system.rounding(xs) * largest
+    assert abs(result.model - system.value(result.x)) <= system.rounding(xs) * largest
 
 
 @many_systems()

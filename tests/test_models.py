@@ -1,8 +1,8 @@
-"""The tutorial's network is the published one."""
+"""The networks are what they say."""
 
 import torch
 
-from cgn_tutorial import make_model
+from cgn_tutorial import make_autoencoder, make_model
 
 
 def test_the_model_has_21840_parameters_and_ten_outputs():
@@ -18,3 +18,14 @@ def test_the_weights_are_drawn_from_the_global_generator():
         models.append(make_model())
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(p, q)
+
+
+def test_the_autoencoder_maps_images_to_images():
+    assert make_autoencoder()(torch.zeros(3, 784)).shape == (3, 784)
+    assert min(p.shape[0] for p in make_autoencoder().parameters()) == 30
+
+
+def test_activations_can_be_others():
+    kinds = [type(module) for module in make_model(torch.nn.ReLU)]
+    assert kinds.count(torch.nn.ReLU) == 3
+    assert torch.nn.Sigmoid not in kinds

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
-from cgn_tutorial import GGN, CGNOptimizer, Hessian, cg
+from cgn_tutorial import GGN, CGNOptimizer, Hessian, LevenbergMarquardt, cg
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXTENSION = SimpleNamespace(savefield="curvature")
@@ -749,3 +749,174 @@ def test_waits_once_per_product_and_twice_per_block(weight_decay, device):
     with counted_conversions() as conversions:
         optimizer.step()
     assert 0 < len(conversions) <= sum(solve.products + 2 for solve in optimizer.solves)
+
+
+# What a step promises, and its length.
+
+
+def model_value(quadratic: Quadratic, name: str, v: Tensor, damping: float) -> float:
+    """gᵀv + ½ vᵀ(C + λI)v."""
+    v, g = v.reshape(-1), quadratic[name].grad.reshape(-1)
+    return (g @ v + v @ (quadratic.matrices[name] @ v + damping * v) / 2).item()
+
+
+@pytest.mark.parametrize("warm_start", [0.0, 0.9])
+@pytest.mark.parametrize("max_length", [math.inf, 0.3])
+def test_predicted_is_the_models_value_where_the_step_ended(warm_start, max_length):
+    quadratic = Quadratic(SHAPES)
+    options = {"damping": 0.1, "maxiter": 2, "warm_start": warm_start, "max_length": max_length}
+    optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION, lr=0.7, **options)
+    for _ in range(3):
+        quadratic.backward()
+        before = quadratic.values()
+        optimizer.step()
+        moves = [p - x for p, x in zip(quadratic.values(), before, strict=True)]
+        named = zip(quadratic.parameters, moves, strict=True)
+        expected = sum(model_value(quadratic, name, move, 0.1) for name, move in named)
+        assert optimizer.predicted == pytest.approx(expected, rel=1e-9)
+        assert optimizer.predicted < 0
+
+
+def test_a_long_step_is_shortened_to_max_length_in_its_own_direction():
+    (free, bound), steps = [Quadratic(SHAPES).backward() for _ in range(2)], []
+    for quadratic, options in ((free, {}), (bound, {"max_length": 0.01})):
+        before = quadratic.values()
+        CGNOptimizer(quadratic.parameters.values(), EXTENSION, **EXACT, **options).step()
+        steps.append(
+            torch.cat([(p - x).flatten() for p, x in zip(quadratic.values(), before, strict=True)])
+        )
+    shrink = steps[1].norm() / steps[0].norm()
+    assert shrink < 0.5
+    torch.testing.assert_close(steps[1], shrink * steps[0])
+    damped = torch.block_diag(*bound.matrices.values()) + 1e-2 * torch.eye(len(steps[1]))
+    assert (steps[1] @ damped @ steps[1]).sqrt().item() == pytest.approx(0.01, rel=1e-6)
+
+
+def test_a_short_step_is_not_changed_by_max_length():
+    assert_equal(trained(max_length=1e9), trained())
+
+
+@pytest.mark.parametrize("max_length", [0.0, -1.0, math.nan])
+def test_max_length_must_be_positive(max_length):
+    with pytest.raises(ValueError, match=f"max_length must be greater than 0, but is {max_length}"):
+        CGNOptimizer([nn.Parameter(torch.ones(2))], EXTENSION, max_length=max_length)
+
+
+def test_warm_start_lets_solves_of_one_iteration_carry_on():
+    """On a quadratic whose gradient is held fixed, the steps approach the exact solution."""
+    quadratic = Quadratic([(6,)]).backward()
+    exact = quadratic.newton_step("p0")
+    optimizer = CGNOptimizer(
+        quadratic.parameters.values(), EXTENSION, lr=1e-9, maxiter=1, tol=1e-9, warm_start=1.0
+    )
+    errors = []
+    for _ in range(200):
+        quadratic["p0"].curvature = lambda v: quadratic.product("p0", v)
+        optimizer.step()
+        errors.append((optimizer.state[quadratic["p0"]]["v"] - exact).norm() / exact.norm())
+    assert errors[-1] < errors[0] / 3
+    assert optimizer.solves[0].products == 2
+
+
+def test_warm_start_stops_at_once_where_the_last_step_solves_the_system():
+    quadratic = Quadratic([(6,)]).backward()
+    options = {"warm_start": 1.0, "lr": 0.0, "tol": 1e-8}
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, **options)
+    for _ in range(2):
+        quadratic.backward()
+        optimizer.step()
+    assert optimizer.solves[0].products == 1
+    assert optimizer.solves[0].converged
+
+
+def test_warm_start_survives_a_checkpoint(tmp_path):
+    def steps(quadratic, optimizer, n):
+        for _ in range(n):
+            quadratic.backward()
+            optimizer.step()
+
+    whole, first, second = (Quadratic(SHAPES) for _ in range(3))
+    optimizers = [
+        CGNOptimizer(q.parameters.values(), EXTENSION, warm_start=0.9, maxiter=2)
+        for q in (whole, first, second)
+    ]
+    steps(whole, optimizers[0], 4)
+    steps(first, optimizers[1], 2)
+    torch.save(optimizers[1].state_dict(), tmp_path / "checkpoint")
+    optimizers[2].load_state_dict(torch.load(tmp_path / "checkpoint", weights_only=True))
+    with torch.no_grad():
+        for p, x in zip(second.parameters.values(), first.values(), strict=True):
+            p.copy_(x)
+    steps(second, optimizers[2], 2)
+    assert_equal(second.values(), whole.values())
+
+
+@pytest.mark.parametrize("warm_start", [-0.1, 1.1, math.nan])
+def test_warm_start_is_a_share(warm_start):
+    with pytest.raises(ValueError, match=f"warm_start must be from 0 to 1, but is {warm_start}"):
+        CGNOptimizer([nn.Parameter(torch.ones(2))], EXTENSION, warm_start=warm_start)
+
+
+# Damping that adapts.
+
+
+def adaptive_step(rho: float, damping: float = 0.1, **options) -> tuple[list, list, float, float]:
+    """Values before and after a step, ρ, and λ, if the loss changes by ρ times what is promised."""
+    quadratic = Quadratic(SHAPES).backward()
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, damping=damping, maxiter=20)
+    adaptive = LevenbergMarquardt(optimizer, **options)
+    before = quadratic.values()
+    found = adaptive.step(1.0, lambda: 1.0 + rho * optimizer.predicted)
+    return before, quadratic.values(), found, optimizer.param_groups[0]["damping"]
+
+
+@pytest.mark.parametrize(
+    ("rho", "factor"), [(2.0, 2 / 3), (0.76, 2 / 3), (0.74, 1), (0.26, 1), (0.24, 1.5), (0.01, 1.5)]
+)
+def test_damping_follows_the_ratio(rho, factor):
+    before, after, found, damping = adaptive_step(rho)
+    assert found == pytest.approx(rho)
+    assert damping == pytest.approx(0.1 * factor)
+    assert not any(torch.equal(x, p) for x, p in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_a_step_that_does_not_lower_the_loss_is_taken_back(rho):
+    before, after, found, damping = adaptive_step(rho)
+    if math.isfinite(rho) or rho < 0:
+        assert_equal(after, before)
+    assert damping == pytest.approx(0.15)
+    assert found == pytest.approx(rho) if math.isfinite(rho) else found == -math.inf
+
+
+def test_damping_stays_above_its_minimum():
+    assert adaptive_step(1.0, damping=2e-4, minimum=2e-4)[3] == 2e-4
+    assert adaptive_step(0.0, damping=0.0, minimum=2e-4)[3] == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize("minimum", [-1.0, math.inf, math.nan])
+def test_the_minimum_must_be_finite(minimum):
+    optimizer = CGNOptimizer([nn.Parameter(torch.ones(2))], EXTENSION)
+    with pytest.raises(
+        ValueError, match=f"minimum must be finite and at least 0, but is {minimum}"
+    ):
+        LevenbergMarquardt(optimizer, minimum)
+
+
+def test_the_ratio_is_one_on_a_quadratic_without_damping():
+    random = torch.Generator().manual_seed(0)
+    X, y = torch.randn(50, 8, dtype=torch.float64, generator=random).split([7, 1], dim=1)
+    model = nn.Linear(7, 1).double()
+    curvature = GGN([model.parameters()])
+    optimizer = CGNOptimizer(model.parameters(), curvature, lr=0.5, damping=0.0, warm_start=0.9)
+    adaptive = LevenbergMarquardt(optimizer, minimum=0.0)
+
+    def evaluate():
+        return nn.functional.mse_loss(model(X), y)
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        z = model(X)
+        loss = nn.functional.mse_loss(z, y)
+        curvature.backward(loss, z)
+        assert adaptive.step(loss, evaluate) == pytest.approx(1.0)

@@ -1,9 +1,9 @@
 """Matrix-free second-order optimization in PyTorch."""
 
-from cgn_tutorial.cgn import BlockSolve, CGNOptimizer, CGResult, Solve, cg
+from cgn_tutorial.cgn import BlockSolve, CGNOptimizer, CGResult, LevenbergMarquardt, Solve, cg
 from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
 from cgn_tutorial.data import load_mnist, load_published_run, mnist_loader
-from cgn_tutorial.models import make_model
+from cgn_tutorial.models import make_autoencoder, make_model
 from cgn_tutorial.training import History, accuracy, default_device, train
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Curvature",
     "Hessian",
     "History",
+    "LevenbergMarquardt",
     "Solve",
     "accuracy",
     "cg",
@@ -22,6 +23,7 @@ __all__ = [
     "layers",
     "load_mnist",
     "load_published_run",
+    "make_autoencoder",
     "make_model",
     "mnist_loader",
     "train",

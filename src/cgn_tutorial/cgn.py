@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["BlockSolve", "CGNOptimizer", "CGResult", "Solve", "cg"]
+__all__ = ["BlockSolve", "CGNOptimizer", "CGResult", "LevenbergMarquardt", "Solve", "cg"]
 
 Product = Callable[[Tensor], Tensor]
 Reason = Literal["converged", "maxiter", "negative curvature", "breakdown"]
@@ -48,8 +48,8 @@ class Solve:
             `"negative curvature"` (pᵀAp was not positive), or `"breakdown"` (the next step could
             not be represented: pᵀAp = 0 or an overflow).
         residuals: The norms ‖b − A x_k‖ of the recurrence, one per iterate, the first at `x0`.
-        model: What the quadratic model ½ xᵀAx − bᵀx gained on its way, its value at the solution
-            less its value at `x0`: the decrease that a Newton step promises, with its sign.
+        model: The value of the quadratic model ½ xᵀAx − bᵀx at the solution. It is 0 at x = 0, so
+            for a Newton step it is the change of the loss that the step promises.
     """
 
     products: int
@@ -117,7 +117,7 @@ def cg(
 
     Returns:
         The solution, the number of products, the reason for stopping, the residual norms, and the
-        change of the quadratic model.
+        value of the quadratic model.
 
     Raises:
         TypeError: `b` is not real floating point, or A, M or `x0` disagree with its dtype.
@@ -150,7 +150,9 @@ def cg(
     if x0 is not None:
         x = _like(b, "x0", x0).to(wide, copy=True)
         r, products = r - A(x), 1
-    b_norm, x_norm, r_norm = _numbers(_norm(b.to(wide)), _norm(x), _norm(r))
+    b_norm, x_norm, r_norm, model = _numbers(
+        _norm(b.to(wide)), _norm(x), _norm(r), -_dot(x, b.to(wide) + r) / 2
+    )
     _check_finite("b", b, b_norm, ValueError)
     _check_finite("x0", x, x_norm, ValueError)
     _check_finite("A(x0)", r, r_norm, RuntimeError)
@@ -159,7 +161,7 @@ def cg(
     # A and its argument are rounded to the dtype of b, the inner product to that of the iteration.
     rounding = torch.finfo(b.dtype).eps + CURVATURE_ROUNDINGS * torch.finfo(wide).eps
     reason: Reason = "converged"
-    residuals, model = [r_norm], 0.0
+    residuals = [r_norm]
     steps = islice(_steps(A, M, x, r), 10 * b.numel() if maxiter is None else maxiter)
     while residuals[-1] > bound:
         step = next(steps, None)
@@ -180,7 +182,7 @@ def cg(
         if flat or not (x_peak < math.inf and r_norm < math.inf):  # NaN is not
             reason = "negative curvature" if flat else "breakdown"
             if k == 1:  # there is no iterate yet, but p = M r points downhill
-                x, model = x + p, curvature / 2 - rMr
+                x, model = x + p, model + curvature / 2 - rMr
             break
         x = x_next
         residuals.append(r_norm)
@@ -216,6 +218,11 @@ def _dot(u: Tensor, v: Tensor) -> Tensor:
 def _norm(v: Tensor) -> Tensor:
     """‖v‖, from the same sum as `_dot`, so that both vanish together."""
     return _dot(v, v).sqrt()
+
+
+def _wide(v: Tensor) -> Tensor:
+    """The tensor in float32 where it is in half precision, else as it is."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 def _numbers(*scalars: Tensor) -> list[float]:
@@ -263,8 +270,9 @@ def _check_finite(name: str, v: Tensor, norm: float, error: type[Exception]) -> 
 class BlockSolve(Solve):
     """What one block's system took in the last step of `CGNOptimizer`, see `Solve`.
 
-    The residuals are the norms ‖(C + λI) v + g‖, from v = 0 on, and `model` is the change of the
-    loss that its damped quadratic model predicts for the full step v, for this block alone.
+    The residuals are the norms ‖(C + λI) v + g‖, from the starting point on, and `model` is the
+    change of the loss that its damped quadratic model predicts for the full step v, for this block
+    alone.
 
     Attributes:
         names: The parameters of the block.
@@ -321,9 +329,18 @@ class CGNOptimizer(Optimizer):
         weight_decay: μ of an exact penalty ½ μ‖x‖²: adds μx to g and μI to C.
         negative_curvature: What CG does where C + λI is not positive definite, `"stop"` or
             `"ignore"`, see `cg`.
+        warm_start: Factor, from 0 to 1, of the last step's v where the next solve starts. 0 starts
+            from zero, and anything else costs a product more, but lets solves of few iterations
+            carry on from step to step.
+        max_length: Bound on γ √(vᵀ(C + λI)v), the length of the whole step over all blocks in the
+            metric of its own curvature; a longer step is shortened to it. It costs no product.
 
     Attributes:
         bp_extension: As given.
+        max_length: As given.
+        predicted: The change of the loss that the last step promised: the value of the damped
+            quadratic model, summed over the blocks, where the step ended. A block with several
+            values of γ counts with that of its first parameter.
         solves: What the solves of the last step did, one `BlockSolve` per block.
 
     Raises:
@@ -369,7 +386,13 @@ class CGNOptimizer(Optimizer):
         *,
         weight_decay: float = 0.0,
         negative_curvature: NegativeCurvature = "stop",
+        warm_start: float = 0.0,
+        max_length: float = math.inf,
     ) -> None:
+        if not max_length > 0:
+            raise ValueError(f"max_length must be greater than 0, but is {max_length}.")
+        self.max_length = max_length
+        self.predicted = 0.0
         self.bp_extension = bp_extension
         self.solves: list[Solve] = []
         defaults = {
@@ -380,6 +403,7 @@ class CGNOptimizer(Optimizer):
             "atol": atol,
             "weight_decay": weight_decay,
             "negative_curvature": negative_curvature,
+            "warm_start": warm_start,
         }
         super().__init__(parameters, defaults)
 
@@ -407,9 +431,16 @@ class CGNOptimizer(Optimizer):
                 loss = closure()
         _refuse_several_processes()
         solved = [(block, self._solve(block)) for block in self._blocks()]
+        slope, square = self._along(solved)
+        shrink = min(1.0, self.max_length / math.sqrt(square)) if square > 0 else 1.0
+        self.predicted = shrink * slope + shrink**2 * square / 2
         for block, result in solved:
             for p, group, v in block.split(result.x):
-                p.add_(v, alpha=group["lr"])
+                p.add_(v, alpha=shrink * group["lr"])
+                if group["warm_start"]:
+                    self.state[p]["v"] = v
+                else:
+                    self.state.pop(p, None)
                 delattr(p, self._savefield)  # frees what the product holds on to
         self.solves = [
             BlockSolve(names=block.names, **{name: getattr(result, name) for name in _HOW_IT_WENT})
@@ -480,6 +511,8 @@ class CGNOptimizer(Optimizer):
         for name in ("lr", "damping", "weight_decay"):
             if not 0 <= settings[name] < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, but is {settings[name]}.")
+        if not 0 <= settings["warm_start"] <= 1:
+            raise ValueError(f"warm_start must be from 0 to 1, but is {settings['warm_start']}.")
         _check_options(**{name: settings[name] for name in _SOLVE_OPTIONS})
         super().add_param_group(param_group)
         for i, p in enumerate(self.param_groups[-1]["params"]):
@@ -513,12 +546,14 @@ class CGNOptimizer(Optimizer):
         self._savefield = savefield
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_savefield": self._savefield}
+        kept = ("_savefield", "max_length")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_bp_extension", None)  # BackPACK's extensions do not pickle
         self.__dict__.setdefault("solves", [])
+        self.__dict__.setdefault("predicted", 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CGNOptimizer:
         clone = self.__class__.__new__(self.__class__)
@@ -535,14 +570,29 @@ class CGNOptimizer(Optimizer):
             lam = torch.cat(
                 [p.new_full((p.numel(),), o["damping"] + o["weight_decay"]) for p, o in pairs]
             )
+            last = [o["warm_start"] * self.state[p]["v"] for p, o in pairs if p in self.state]
+            x0 = torch.cat([v.reshape(-1) for v in last]) if len(last) == len(pairs) else None
             options = {name: block.groups[0][name] for name in _SOLVE_OPTIONS}
-            return cg(lambda v: block.product(v) + lam * v, -g, **options)
+            return cg(lambda v: block.product(v) + lam * v, -g, x0, **options)
         except Exception as error:  # products may raise anything
             raise RuntimeError(
                 f"No Newton step for {', '.join(block.names)}: solving A v = b, with A = C + λI "
                 f"and b = −gradient, failed: {str(error).rstrip('.')}. No parameter has been "
                 "changed; optimizer.zero_grad() and the next batch go on from here."
             ) from error
+
+    def _along(self, solved: list[tuple[_Block, CGResult]]) -> tuple[float, float]:
+        """γ gᵀv and γ² vᵀ(C + λI)v, summed over the blocks: the model along the whole step."""
+        slope = square = 0.0
+        for block, result in solved:
+            parts = [
+                _dot((p.grad + group["weight_decay"] * p).to(v.dtype), v)
+                for p, group, v in block.split(_wide(result.x))
+            ]
+            gamma, gv = block.groups[0]["lr"], float(sum(parts))  # waits for the device
+            slope += gamma * gv
+            square += 2 * gamma**2 * (result.model - gv)
+        return slope, square
 
     def _blocks(self) -> list[_Block]:
         """The blocks of all parameters with a gradient, in the order of their first parameters."""
@@ -605,6 +655,87 @@ class CGNOptimizer(Optimizer):
                     f"{', '.join(block_names)}. Nothing has been changed."
                 )
         return _Block(members, block_names, block_groups, flat_product)
+
+
+class LevenbergMarquardt:
+    """Damping that adapts to how well the quadratic model foretells the loss.
+
+    After a step v, the change of the loss is compared with the one that the damped model predicts,
+
+        ρ = (L(x + γv) − L(x)) / q(γv),
+
+    and the damping of all parameters follows: λ ← 2/3 λ where ρ > 3/4, as the model is good, and
+    λ ← 3/2 λ where ρ < 1/4, as it is not. A step after which the loss is not lower is taken back.
+
+    The loss is that of the batch of the gradient and the curvature. It must be a large batch, of
+    several hundred samples: a small one is fitted by any step, and λ falls until steps are noise.
+    Solve for the whole network as one block, to a tight tolerance, with γ = 1: the model of several
+    blocks does not know what they do to each other.
+
+    Args:
+        optimizer: What takes the steps.
+        minimum: The least λ.
+
+    Attributes:
+        optimizer: As given.
+        minimum: As given.
+
+    Example:
+        >>> from cgn_tutorial import GGN
+        >>> model = torch.nn.Linear(2, 3)
+        >>> curvature = GGN([model.parameters()])
+        >>> optimizer = CGNOptimizer(model.parameters(), curvature, lr=1.0, warm_start=0.95)
+        >>> adaptive = LevenbergMarquardt(optimizer)
+        >>> inputs, targets = torch.randn(500, 2), torch.randint(3, (500,))
+        >>> def evaluate():
+        ...     return torch.nn.functional.cross_entropy(model(inputs), targets)
+        >>> for _ in range(5):
+        ...     optimizer.zero_grad()
+        ...     outputs = model(inputs)
+        ...     loss = torch.nn.functional.cross_entropy(outputs, targets)
+        ...     _ = curvature.backward(loss, outputs)
+        ...     rho = adaptive.step(loss, evaluate)
+
+    Source:
+        Martens, "Deep learning via Hessian-free optimization" (2010), after Levenberg (1944) and
+        Marquardt (1963).
+    """
+
+    def __init__(self, optimizer: CGNOptimizer, minimum: float = 1e-4) -> None:
+        if not 0 <= minimum < math.inf:
+            raise ValueError(f"minimum must be finite and at least 0, but is {minimum}.")
+        self.optimizer = optimizer
+        self.minimum = minimum
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | float, evaluate: Callable[[], Tensor | float]) -> float:
+        """Let the optimizer step, then adapt its damping, and take the step back if it did harm.
+
+        Args:
+            loss: The loss before the step, whose gradients and products are there.
+            evaluate: Computes the same loss again, on the same batch, without a backward pass.
+
+        Returns:
+            The ratio ρ. It is −∞ if the loss after the step was not finite.
+
+        Raises:
+            RuntimeError: As the optimizer's `step()`. Nothing has been changed then.
+        """
+        groups = self.optimizer.param_groups
+        before = [(p, p.clone()) for group in groups for p in group["params"]]
+        self.optimizer.step()
+        change = float(evaluate()) - float(loss)
+        predicted = self.optimizer.predicted
+        rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
+        if not change < 0:
+            for p, x in before:
+                p.copy_(x)
+        for group in groups:
+            if rho > 3 / 4:
+                group["damping"] = max(group["damping"] * 2 / 3, self.minimum)
+            elif not rho >= 1 / 4:
+                group["damping"] = max(group["damping"], self.minimum) * 3 / 2
+        return rho
 
 
 def _refuse_several_processes() -> None:

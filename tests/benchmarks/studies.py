@@ -18,48 +18,19 @@ from workloads import BATCH_SIZE, SOLVER, STEPS, Problem, Run, mnist
 from cgn_tutorial import CGNOptimizer, CGResult, cg, make_model
 
 
-class Tried(CGNOptimizer):
-    """`CGNOptimizer` with starting points from the step before, or a diagonal preconditioner."""
-
-    warm = 0.0
-    diagonal = ""
+class Jacobi(CGNOptimizer):
+    """`CGNOptimizer` preconditioned by the exact diagonal of the GGN."""
 
     def _solve(self, block: Any) -> CGResult:
         group = block.groups[0]
         g = torch.cat([p.grad.reshape(-1) for p in block.parameters])
-        before = self.state[block.parameters[0]].get("v")
-        M = None
-        if self.diagonal:
-            D = torch.cat([getattr(p, self.diagonal).reshape(-1) for p in block.parameters])
-            D = D + group["damping"]
-            M = lambda v: v / D  # noqa: E731
-        result = cg(
+        D = torch.cat([p.diag_ggn_exact.reshape(-1) for p in block.parameters]) + group["damping"]
+        return cg(
             lambda v: block.product(v) + group["damping"] * v,
             -g,
-            self.warm * before if self.warm and before is not None else None,
-            M=M,
+            M=lambda v: v / D,
             **{name: group[name] for name in ("maxiter", "tol", "atol")},
         )
-        self.state[block.parameters[0]]["v"] = result.x
-        return result
-
-
-class WarmStart(Tried):
-    """Each solve starts from the solution of the step before."""
-
-    warm = 1.0
-
-
-class DampedWarmStart(Tried):
-    """Each solve starts from half the solution of the step before."""
-
-    warm = 0.5
-
-
-class Jacobi(Tried):
-    """Each solve is preconditioned by the exact diagonal of the GGN."""
-
-    diagonal = "diag_ggn_exact"
 
 
 class JacobiRun(Run):
@@ -85,8 +56,8 @@ def early(run: Run, i: int) -> None:
 
 TRIED: dict[str, tuple[Callable[..., Run], Callable[[Run, int], None] | None]] = {
     "per layer, as above": (Run, None),
-    "start from the solution before": (lambda **o: Run(optimizer_type=WarmStart, **o), None),
-    "start from half of it": (lambda **o: Run(optimizer_type=DampedWarmStart, **o), None),
+    "start from the solution before": (lambda **o: Run(warm_start=1.0, **o), None),
+    "start from half of it": (lambda **o: Run(warm_start=0.5, **o), None),
     "precondition by the exact diagonal": (JacobiRun, None),
     "tol 0.5 for the first 25 steps": (Run, early),
     "tol 0.05": (lambda **o: Run(tol=0.05, **o), None),
