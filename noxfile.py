@@ -104,6 +104,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def experiments(session: nox.Session) -> None:
+    """Race the optimizers of page 4 in full, and write docs/experiments, which the site shows."""
+    install(session)
+    session.run("python", "tests/benchmarks/experiments.py", *session.posargs)
+
+
+@nox.session
 def site(session: nox.Session) -> None:
     """Look at every page of the built site in a browser; arguments go to pytest."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "site"))

@@ -79,7 +79,7 @@ html_extra_path = [
 ]
 html_css_files = ["site.css"]
 html_sidebars: dict[str, list[str]] = {
-    page: [] for page in ("api", "benchmarks", "misuse", "notation")
+    page: [] for page in ("api", "benchmarks", "experiments", "misuse", "notation")
 }  # no subpages
 html_baseurl = os.environ.get("SITE_URL", "")
 if html_baseurl:

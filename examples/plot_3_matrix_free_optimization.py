@@ -369,7 +369,9 @@ assert (after[3] < 0.95).all()
 
 # %%
 # Is this also why the network trains? A table cannot tell: it shows what the
-# steps are, not what would happen without them.
+# steps are, not what would happen without them. `Page 4
+# <plot_4_is_it_worth_it.html#what-does-the-work>`__ takes curvature away, layer
+# by layer, to find out.
 #
 # Four curvatures against gradient descent
 # ----------------------------------------
@@ -571,7 +573,9 @@ assert all(late(histories["GGN"]) < late(history) for history in stopping)
 #
 # - In these 50 steps, SGD does not train this model, at any of five learning
 #   rates that span four orders of magnitude. A step of SGD is also much
-#   cheaper, and 50 are few: it may well get there in more.
+#   cheaper, and 50 are few: in more of them it gets there, too, and how they
+#   compare by the clock is the subject of `page 4
+#   <plot_4_is_it_worth_it.html>`__.
 # - Newton steps solved by CG do train it, with the GGN. BackPACK's two PCH are
 #   so close to the GGN here that they count as one method with it.
 # - The Hessian is not positive semi-definite, and plain CG fails on it. To stop

@@ -843,9 +843,8 @@ _ = describe(
 
 # %%
 # Both networks train, with the optimizer of the tutorial and one line
-# exchanged. Which optimizer trains them fastest is another question: both have
-# normalised activations and gradients that do not vanish, so that first-order
-# methods do well on them.
+# exchanged. Which optimizer trains them fastest is another question, asked on
+# `page 4 <plot_4_is_it_worth_it.html>`__ of the tutorial's network only.
 #
 # Which product to choose
 # -----------------------
