@@ -165,12 +165,12 @@ BEST = {
 }
 
 # %%
-# A race ends at a test accuracy of 90 %, or after four seconds.
+# A race ends at a test accuracy of 90 %, or after 500 steps.
 
 GOAL = 0.9
 runs = {label: [] for label in BEST}
 for seed in SEEDS:
-    of_seed = race(list(BEST.values()), seed, goal=GOAL, seconds=4.0)
+    of_seed = race(list(BEST.values()), seed, goal=GOAL, steps=500)
     for label, run in zip(BEST, of_seed, strict=True):
         runs[label].append(run)
 
@@ -349,7 +349,7 @@ for damping in (2e-4, 5e-4, 1e-2):
     for maxiter in (2, 20):
         options = CGN | {"damping": damping, "maxiter": maxiter}
         setting = Setting("CGN", options, average=0.5)
-        (run,) = race([setting], 0, goal=GOAL, seconds=2.5)
+        (run,) = race([setting], 0, goal=GOAL, steps=100)
         test = run.reached(GOAL)
         took = f"{test.steps:3d} steps, {test.seconds:.2f} s" if test else "no"
         print(f"λ = {damping:<7g} at most {maxiter:2d} products: {took}")
