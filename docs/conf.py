@@ -40,6 +40,7 @@ intersphinx_mapping = {
 }
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # nn.Sigmoid, not what it prints as
 autodoc_typehints = "signature"
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True

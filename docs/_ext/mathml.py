@@ -116,6 +116,8 @@ def characters(site: Path) -> set[int]:
     for page in site.rglob("*.html"):
         for formula in re.findall(r"<math.*?</math>", page.read_text("utf-8"), re.DOTALL):
             used |= set(plain(formula))
+            if "<msqrt" in formula or "<mroot" in formula:
+                used.add("√")  # which the browser draws for the element
     return {ord(character) for character in used} | {
         SLANTED[character] for character in used if character in SLANTED
     }
