@@ -14,11 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = '''\
-"""
+r"""
 Page {name}
 ======
 
-A figure and a number, :math:`x`.
+A figure and a number, :math:`\\sqrt{{x}}`.
 """
 
 # %%
@@ -176,3 +176,11 @@ def test_without_a_network_the_site_is_the_same_to_the_byte(built, tmp_path):
     assert sum(name.endswith(".svg") for name in here) >= 4  # two figures, light and dark
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_the_maths_font_has_the_signs_of_roots(built):
+    from fontTools.ttLib import TTFont
+
+    assert "<msqrt>" in built.text("a")
+    font = TTFont(built.html / "_static" / "stix-two-math.woff")
+    assert {ord("√"), ord("𝑥")} <= font.getBestCmap().keys()
