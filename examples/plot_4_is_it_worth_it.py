@@ -342,8 +342,8 @@ assert error["λ = 0.03"] < 50 < at_30
 # How to choose
 # -------------
 #
-# Damping and the budget of products are the two knobs that matter most. A small
-# map, from one seed, of the steps to 90 % and the time they take:
+# Damping and the budget of products are the knobs to turn first. A small map,
+# from one seed, of the steps to 90 % and the time they take:
 
 for damping in (2e-4, 5e-4, 1e-2):
     for maxiter in (2, 20):
@@ -362,8 +362,8 @@ for damping in (2e-4, 5e-4, 1e-2):
 #   they do the work. Let Adam have the rest.
 # - **Which blocks?** One per layer. The whole network only with a warm start, or
 #   with a tight tolerance.
-# - **Step size**: well below 1 for several blocks, 0.15 to 0.5, since none knows
-#   of the others. 1 for the whole network.
+# - **Step size**: well below 1 for several blocks, 0.15 to 0.5 in the tables. 1
+#   for the whole network.
 # - **Bound on the length**: 0.2. It costs no product.
 # - **Damping**: 2e-4 to 3e-3 with that bound. Without it, the least with which no
 #   run falls back. Try factors of 3.

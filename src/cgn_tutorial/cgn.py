@@ -667,9 +667,9 @@ class LevenbergMarquardt:
     and the damping of all parameters follows: λ ← 2/3 λ where ρ > 3/4, as the model is good, and
     λ ← 3/2 λ where ρ < 1/4, as it is not. A step after which the loss is not lower is taken back.
 
-    The loss is that of the batch of the gradient and the curvature. It must be a large batch, of
-    several hundred samples: a small one is fitted by any step, and λ falls until steps are noise.
-    Solve for the whole network as one block, to a tight tolerance, with γ = 1: the model of several
+    The loss is that of the batch of the gradient and the curvature, a large one, of several hundred
+    samples: judged on another batch, the λ of most runs in the tutorial grew until nothing moved.
+    Solve for the whole network as one block, with γ = 1 and a warm start: the model of several
     blocks does not know what they do to each other.
 
     Args:
