@@ -361,12 +361,14 @@ def described(setting: Setting) -> str:
 
 def race_tables(found: Mapping[str, Any], quick: bool) -> Iterator[tuple[str, list[Row]]]:
     """For each workload and goal, the best setting of each method, fastest first."""
-    for name in WORKLOADS:
+    for name, workload in WORKLOADS.items():
         table = []
+        chosen = best(found, name, quick)
+        methods = dict.fromkeys(setting.method for setting in workload.settings)
         for goal in GOALS:
             rows = [
-                race_row(found, name, method, goals.get(goal), goal, quick)
-                for method, goals in best(found, name, quick).items()
+                race_row(found, name, method, chosen.get(method, {}).get(goal), goal, quick)
+                for method in methods
             ]
             table += [row for _, row in sorted(rows, key=lambda row: row[0])]
         yield name.lower().replace(",", "").replace(" ", "_"), table
