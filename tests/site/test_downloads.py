@@ -76,6 +76,7 @@ def requests(tmp_path_factory):
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("PIP_NO_INDEX", "1")  # what the package needs is there
             environment.setenv("PIP_NO_CACHE_DIR", "1")
+            environment.setenv("PIP_CONFIG_FILE", os.devnull)  # a machine may cap versions
             environment.setenv("NO_PROXY", "127.0.0.1")
             for _ in range(2):
                 execute(first, tmp_path_factory.mktemp("empty"))
