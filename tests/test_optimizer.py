@@ -851,6 +851,16 @@ def test_warm_start_survives_a_checkpoint(tmp_path):
     assert_equal(second.values(), whole.values())
 
 
+def test_a_checkpoint_from_before_the_warm_start_still_loads():
+    quadratic = Quadratic(SHAPES).backward()
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["warm_start"]
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert optimizer.param_groups[0]["warm_start"] == 0.0
+
+
 @pytest.mark.parametrize("warm_start", [-0.1, 1.1, math.nan])
 def test_warm_start_is_a_share(warm_start):
     with pytest.raises(ValueError, match=f"warm_start must be from 0 to 1, but is {warm_start}"):

@@ -554,6 +554,8 @@ class CGNOptimizer(Optimizer):
         self.__dict__.setdefault("_bp_extension", None)  # BackPACK's extensions do not pickle
         self.__dict__.setdefault("solves", [])
         self.__dict__.setdefault("predicted", 0.0)
+        for group in self.param_groups:
+            group.setdefault("warm_start", 0.0)  # checkpoints from before it have none
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CGNOptimizer:
         clone = self.__class__.__new__(self.__class__)
