@@ -4,12 +4,15 @@ import json
 import math
 import re
 import statistics
+from itertools import islice
 from pathlib import Path
 
 import experiments
 import pytest
+import torch
 from experiments import GOALS, SEEDS, WORKLOADS, Job, best, finalists, first, work
 
+from cgn_tutorial import cgn
 from cgn_tutorial.comparison import Setting, race
 
 ROOT = Path(__file__).parents[1]
@@ -230,6 +233,31 @@ def test_the_autoencoder_needs_a_warm_start_and_a_damping_that_fits():
         adam = [FOUND[f"autoencoder {label} {seed}"][-1][2] for seed in SEEDS[:3]]
         newton = [FOUND[f"autoencoder λ = 0.03 {seed}"][-1][2] for seed in SEEDS[:3]]
         assert max(adam) < min(newton)  # in the same seconds
+
+
+def test_a_stop_by_progress_gets_less_far_in_the_same_time():
+    ends = [
+        [FOUND[f"autoencoder {label} {seed}"][-1] for seed in SEEDS[:3]]
+        for label in ("λ = 0.03", "λ = 0.03, stop by progress")
+    ]
+    assert max(end[2] for end in ends[0]) < min(end[2] for end in ends[1])
+    assert min(end[0] for end in ends[0]) > 2 * max(end[0] for end in ends[1])
+
+
+def test_by_progress_the_solve_ends_where_the_model_hardly_falls():
+    eigenvalues = torch.logspace(0, 3, 60).double()
+    b = torch.ones(60).double()
+    steps = experiments.by_progress(cgn._steps)
+    x0 = torch.full((60,), 0.01).double()
+    for x in (torch.zeros(60).double(), x0):
+        r = b - eigenvalues * x
+        whole = [step[4] for step in islice(cgn._steps(eigenvalues.mul, lambda r: r, x, r), 60)]
+        ended = [step[4] for step in steps(eigenvalues.mul, lambda r: r, x, r)]
+        models = [(v * (eigenvalues * v / 2 - b)).sum() for v in (x, *whole)]
+        stop = next(
+            i for i in range(11, 61) if (models[i] - models[i - 10]) / models[i] < 5e-4 * 10
+        )
+        assert len(ended) == stop
 
 
 def test_judged_on_another_batch_damping_may_grow_without_end():
