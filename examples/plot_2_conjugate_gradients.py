@@ -149,6 +149,68 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # right angle in the right figure, and on a round bowl that leads to the
 # centre.
 #
+# What if the valley is longer, or the start another one? Let :math:`\kappa` be
+# the ratio of the two eigenvalues of :math:`A`, and keep its eigenvectors and
+# the solution. Drag the start, and change :math:`\kappa` and the steps, on the
+# site; anywhere else, change the first lines of this code. Is there a start
+# from which gradient descent arrives at once? And one that is worst?
+
+kappa, steps = 10.0, 10
+x_0 = torch.zeros(2).double()
+flat, steep = torch.linalg.eigh(A).eigenvectors.T
+A_kappa = torch.outer(flat, flat) + kappa * torch.outer(steep, steep)
+
+
+def way_left(conjugate, steps, x_0=x_0):
+    b = A_kappa @ (solution - x_0)  # the steps start at 0
+    path = x_0 + descend(A_kappa, b, steps, conjugate)
+    error = (path - solution).norm(dim=1)
+    return path, error / error[0]
+
+
+at_once, worst = solution - steep, solution - flat * kappa - steep
+assert way_left(False, 1, at_once)[1][-1] < 1e-12
+bound = (kappa - 1) / (kappa + 1)
+left = way_left(False, 20, worst)[1]
+torch.testing.assert_close(left, bound ** torch.arange(21).double())
+print(f"worst start: {left[steps]:.0%} of the way left after {steps} steps")
+
+# %%
+
+from cgn_tutorial.plotting import explorable
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+contours(axes[0], A_kappa, A_kappa @ solution, solution, 1.9)
+for conjugate_, style, color, label in (
+    (False, "o--", "orange", "gradient descent"),
+    (True, "s-", "blue", "conjugate gradients"),
+):
+    path, left = way_left(conjugate_, 2 if conjugate_ else 20)
+    shown = {"color": COLORS[color], "ms": 4}
+    axes[0].plot(*path[: steps + 1].T, style, **shown)
+    axes[1].semilogy(left, style, **shown, label=label)
+axes[1].axvline(steps, color="gray", lw=0.5)
+axes[0].set(xlabel="$x_1$", ylabel="$x_2$")
+axes[1].set(xlabel="steps", ylabel="part of the way left", ylim=(1e-3, 1.8))
+axes[1].legend()
+_ = describe(
+    fig,
+    "Left: gradient descent zigzags towards the solution, conjugate gradients"
+    " arrive in two steps. Right: the part of the way left falls on a straight"
+    " line on its logarithmic axis for gradient descent, and out of the"
+    " picture at step 2 for conjugate gradients.",
+)
+settings = {"kappa": kappa, "steps": steps, "start": x_0.tolist()}
+settings |= {"solution": solution.tolist(), "flat": flat.tolist()}
+_ = explorable(fig, "paths", settings)
+
+# %%
+# On an axis of the ellipses, :math:`r` points at the solution, and one step is
+# enough. From the worst starts, which lie :math:`\kappa` times as far along the
+# flat axis as along the steep one, each step of gradient descent leaves the
+# part :math:`(\kappa - 1) / (\kappa + 1)` of the way, as the code checks.
+# Conjugate gradients take two steps from anywhere, for any :math:`\kappa`.
+#
 # Does it work for more than two unknowns, where each direction is made
 # conjugate to the last one only? For a random system with twelve of them, take
 # all the steps and look at the cosines between them, in the inner product
