@@ -20,7 +20,6 @@ from figures import dark
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-
 MOVES = "explore"  # the class of the box around a figure that the reader can move
 
 

@@ -16,10 +16,10 @@
 // Elements
 
 const make = (namespace) => (name, attributes = {}, ...children) => {
-  const made = document.createElementNS(namespace, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
+  const element = document.createElementNS(namespace, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
 };
 const svg = make("http://www.w3.org/2000/svg");
 const html = make("http://www.w3.org/1999/xhtml");
@@ -28,7 +28,6 @@ const html = make("http://www.w3.org/1999/xhtml");
 
 const minus = (text) => text.replace("-", "−");
 const fixed = (number, digits = 2) => {
-  if (Math.abs(number) >= 1000) return minus(number.toPrecision(2).replace("e+", "e"));
   const text = number.toFixed(digits);
   return minus(Number(text) ? text : text.replace("-", ""));  // no negative zero
 };
@@ -37,17 +36,26 @@ const percent = (part) => {
   const shown = 100 * part;
   return `${shown && shown < 1 ? (shown < 0.01 ? "< 0.01" : short(shown)) : fixed(shown, 0)} %`;
 };
+const power = (number) => {
+  const exponent = Math.round(Math.log10(number));
+  const raised = [...String(exponent)].map((sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)]);
+  return exponent ? `10${raised.join("")}` : "1";
+};
 const range = (from, to, count) =>
   Array.from({length: count}, (_, i) => from + (to - from) * i / (count - 1));
 const powers = (from, to) => range(from, to, to - from + 1).map((exponent) => 10 ** exponent);
 
-let clips = 0;
+/** Words of a title, of which some have the colour of what they name: "loss, |blue:model". */
+const colourful = (title) => title.split("|").map((part) => {
+  const [, colour, text] = part.match(/^(?:(\w+):)?(.*)$/);
+  return colour ? svg("tspan", {class: `words ${colour}`}, text) : text;
+});
 
 /** A panel of a drawing: a box in pixels, and an axis in each direction. */
 class Panel {
   constructor(drawing, {left, top, width, height, x, y, title = ""}) {
     Object.assign(this, {left, top, width, height, x, y});
-    const clip = `explore-${++clips}`;
+    const clip = `${drawing.id}-${drawing.querySelectorAll("clipPath").length}`;
     const box = {x: left, y: top, width, height};
     this.inside = svg("g", {"clip-path": `url(#${clip})`});
     this.above = svg("g");
@@ -67,8 +75,8 @@ class Panel {
         svg("text", {x: left - 7, y: at + 4, class: "end"}, label(tick, y)));
     }
     axes.append(
-      svg("text", {x: left + width / 2, y: bottom + 34, class: "middle"}, x.label),
-      svg("text", {x: left, y: top - 8, class: "title"}, title || y.label));
+      svg("text", {x: left + width / 2, y: bottom + 34, class: "middle"}, x.label ?? ""),
+      svg("text", {x: left, y: top - 8}, ...colourful(title)));
   }
 
   static place(value, {from, to, log}) {
@@ -107,10 +115,14 @@ class Panel {
     const d = `M${this.X(x) - 6},${this.Y(y) - 6}l12,12m0,-12l-12,12`;
     this.above.append(svg("path", {d, class: `line cross ${style}`}));
   }
-  /** Words beside a point, by default to its right. */
+  /** Words beside a point, by default to its right, but within the panel. */
   words(x, y, text, style = "", [right, down] = [8, 4]) {
     const at = {x: this.X(x) + right, y: this.Y(y) + down};
-    this.above.append(svg("text", {...at, class: `words ${style}`}, text));
+    const words = svg("text", {...at, class: `words ${style}`}, text);
+    this.above.append(words);
+    const box = words.getBBox(), from = this.left + 3, to = this.left + this.width - 3;
+    const shift = Math.max(from - box.x, 0) - Math.max(box.x + box.width - to, 0);
+    words.setAttribute("x", at.x + shift);
   }
   holds(x, y) {
     return [Panel.place(x, this.x), Panel.place(y, this.y)].every((part) => part >= 0 && part <= 1);
@@ -119,7 +131,7 @@ class Panel {
 
 // Panels stand side by side where there is room, else one below the other.
 
-const NARROW = 540, EDGE = {left: 40, right: 8, top: 26, bottom: 42};
+const NARROW = 540, EDGE = {left: 48, right: 14, top: 26, bottom: 42};
 
 /** Boxes of panels, the first of which takes a share of the width. */
 function boxes(width, share, heights) {
@@ -168,10 +180,11 @@ const parabola = {
 
   draw(drawing, state, width) {
     const {x, lambda, gamma} = state, {loss, g, C, step, v, end, before, after} = this.compute(state);
-    const {first, second, height} = boxes(width, 0.56, [230, 190]);
-    const y = {from: -0.25, to: 1.25, ticks: [0, 0.5, 1], label: "loss"};
+    const {first, second, height} = boxes(width, 0.56, width < NARROW ? [170, 140] : [230]);
+    const y = {from: -0.25, to: 1.25, ticks: [0, 0.5, 1]};
     const left = new Panel(drawing, {
-      ...first, y, x: {from: -3.2, to: 3.2, ticks: [-3, -2, -1, 0, 1, 2, 3], label: "x"},
+      ...first, y, title: "|ink:loss|, and its |blue:damped model",
+      x: {from: -3.2, to: 3.2, ticks: [-3, -2, -1, 0, 1, 2, 3], label: "x"},
     });
     const right = new Panel(drawing, {
       ...second, y, title: "loss after the step",
@@ -182,11 +195,10 @@ const parabola = {
     left.line(range(-3.2, 3.2, 161).map((x) => [x, loss(x)]), "ink");
     left.line(range(-6, 6, 241).map((d) => [x + d, model(d)]), "blue dashed");
     left.line([[x, before], [end, after]], "orange dotted");
-    left.words(-3.2, loss(-3.2), "loss", "", [6, -8]);
+    left.words(x, before, "start", x < 0 ? "orange end" : "orange", [x < 0 ? -14 : 14, 12]);
     if (left.holds(x + v, model(v)) && Math.abs(v) > 0.3) {
       left.dot(x + v, model(v), "ring blue");
-      const [which, down] = C + lambda > 0 ? ["lowest", 18] : ["highest", -10];
-      left.words(x + v, model(v), `${which} of the model`, "blue middle", [0, down]);
+      left.words(x + v, model(v), C + lambda > 0 ? "minimum" : "maximum", "blue middle", [0, -10]);
     }
     if (left.holds(end, after)) left.cross(end, after, "orange");
     else {
@@ -212,9 +224,9 @@ const parabola = {
     const rose = after - before;
     const way = Math.abs(rose) < 0.005 ? "as before" : rose < 0 ? "lower" : "higher";
     return [
-      ["C + λ", fixed(C + state.lambda)], ["v", fixed(v)],
-      ["from", fixed(state.x)], ["to", fixed(end)],
-      ["loss before", fixed(before)], ["after", `${fixed(after)}, ${way}`],
+      `C + λ = *${fixed(C + state.lambda)}*`, `v = *${fixed(v)}*`,
+      `from x = *${fixed(state.x)}* to *${fixed(end)}*`,
+      `loss *${fixed(before)}* before, *${fixed(after)}* after: ${way}`,
     ];
   },
 };
@@ -240,19 +252,18 @@ const valley = {
   draw(drawing, state, width) {
     const {lambda, start, mu} = state, {part, end} = this.compute(state);
     const wide = width - EDGE.left - EDGE.right, unit = wide / 14;
-    const tall = Math.max(100, 3.2 * unit), reach = tall / unit / 2;
+    const tall = Math.max(90, 3.2 * unit), reach = tall / unit / 2;
     const box = {left: EDGE.left, width: wide};
     const top = new Panel(drawing, {
-      ...box, top: EDGE.top, height: tall, title: "second parameter x₂",
-      x: {from: -2.5, to: 11.5, ticks: [-2, 0, 2, 4, 6, 8, 10], label: "first parameter x₁"},
+      ...box, top: EDGE.top, height: tall, title: "x₂, and the step for |green:every λ",
+      x: {from: -2.5, to: 11.5, ticks: [-2, 0, 2, 4, 6, 8, 10], label: "x₁"},
       y: {from: -reach, to: reach, ticks: [-1, 0, 1]},
     });
     const below = tall + EDGE.top + EDGE.bottom;
-    const decades = powers(-3, 4);
     const bottom = new Panel(drawing, {
       ...box, top: below + EDGE.top, height: 150, title: "part of the way to the minimum",
       x: {from: 1e-3, to: 1e4, log: true, label: "damping λ",
-        ticks: decades.filter((_, i) => width > NARROW || i % 2), format: short},
+        ticks: powers(-3, 4), format: power},
       y: {from: 0, to: 1.25, ticks: [0, 0.5, 1], format: percent},
     });
 
@@ -261,18 +272,16 @@ const valley = {
     top.line(all.map((lambda) => this.compute({...state, lambda}).end), "green");
     top.line([start, start.map((x, i) => x * (1 - 0.08 * mu[i]))], "blue dotted");
     top.words(start[0] * 0.92, start[1] * -0.6, "−g", "blue", [-4, 14]);
-    top.words(-2.5, reach, "green: every λ", "green", [6, 16]);
     top.dot(...start, "orange", 5);
     top.words(...start, "start", "orange");
     top.cross(...end, "orange");
 
-    [["x₁, curvature 1", "blue", [8, -6]], [`x₂, curvature ${mu[1]}`, "purple", [8, -6]]].forEach(
-      ([name, colour, shift], i) => {
+    [["x₁", "blue", "blue end", [-8, 8]], ["x₂", "purple dashed", "purple", [8, 0]]].forEach(
+      ([name, line, words, shift], i) => {
         const way = (lambda) => this.compute({...state, lambda}).part[i];
-        bottom.line(all.map((lambda) => [lambda, way(lambda)]), i ? `${colour} dashed` : colour);
-        bottom.dot(lambda, part[i], colour, 5);
-        const at = i ? 12 * mu[i] : mu[i] / 6;
-        bottom.words(at, way(at), name, i ? colour : `${colour} end`, i ? shift : [-6, 18]);
+        bottom.line(all.map((lambda) => [lambda, way(lambda)]), line);
+        bottom.dot(lambda, part[i], words, 5);
+        bottom.words(mu[i], way(mu[i]), `${name}: μ = ${mu[i]}`, words, shift);
       });
     bottom.upright(lambda, "thin dotted");
     return {height: below + 150 + EDGE.top + EDGE.bottom};
@@ -281,9 +290,9 @@ const valley = {
   say(state) {
     const {part, v, before, after} = this.compute(state);
     return [
-      ["v", `(${v.map((v) => fixed(v)).join(", ")})`],
-      ["goes in x₁", percent(part[0])], ["in x₂", percent(part[1])],
-      ["loss before", fixed(before)], ["after", fixed(after)],
+      `v = *(${v.map((v) => fixed(v)).join(", ")})*`,
+      `*${percent(part[0])}* of the way in x₁, *${percent(part[1])}* in x₂`,
+      `loss *${fixed(before)}* before, *${fixed(after)}* after`,
     ];
   },
 };
@@ -293,7 +302,7 @@ const paths = {
   label: "Left: contours of the quadratic, and the steps of gradient descent and of conjugate "
     + "gradients from the start. Right: the part of the way left after each step.",
   sliders: () => ({
-    kappa: {...logarithmic("condition number κ", 0, 2), step: 0.02},
+    kappa: logarithmic("condition number κ", 0, 2),
     steps: plain("steps shown", 0, 20, 1, String),
   }),
   handle: {moves: "start", name: "start"},
@@ -328,13 +337,14 @@ const paths = {
   draw(drawing, state, width) {
     const {kappa, start, solution, flat, steps} = state;
     const {descent, conjugate} = this.compute(state);
-    const side = Math.min(width < NARROW ? width : width / 2, 360) - EDGE.left - EDGE.right;
+    const side = Math.min(width < NARROW ? width : width / 2, 350) - EDGE.left - EDGE.right;
     const {first, second, height} = boxes(width, (side + EDGE.left + EDGE.right) / width,
-      [side, width < NARROW ? 170 : side]);
+      [side, width < NARROW ? 140 : side]);
     const [a, b] = solution, size = this.reach;
     const left = new Panel(drawing, {
-      ...first, width: side, x: {from: a - size, to: a + size, ticks: [0, 1, 2], label: "x₁"},
-      y: {from: b - size, to: b + size, ticks: [0, 1, 2], label: "x₂"},
+      ...first, width: side, title: "x₂",
+      x: {from: a - size, to: a + size, ticks: [0, 1, 2], label: "x₁"},
+      y: {from: b - size, to: b + size, ticks: [0, 1, 2]},
     });
     const right = new Panel(drawing, {
       ...second, title: "part of the way left",
@@ -344,9 +354,7 @@ const paths = {
 
     left.ellipses(solution, flat, kappa, range(0.4, 4.4, 11));
     left.dot(...solution, "ink", 3);
-    for (const [{path, left: way}, style, at] of [
-      [descent, "orange dashed", 12], [conjugate, "blue", 2],
-    ]) {
+    for (const [{path, left: way}, style] of [[descent, "orange dashed"], [conjugate, "blue"]]) {
       const colour = style.split(" ")[0];
       left.line(path.slice(0, steps + 1), style);
       path.slice(1, steps + 1).forEach((x) => left.dot(...x, colour, 3.5));
@@ -355,44 +363,52 @@ const paths = {
       right.line(points.slice(0, steps + 1), style);
       points.slice(0, steps + 1).forEach((point) => right.dot(...point, colour, 3.5));
     }
-    const [x, y] = descent.path.length > 4 ? [12, descent.left[12] ?? 1e-3] : [1, 1e-3];
-    right.words(x, Math.max(y, 2e-3), "gradient descent", "orange", [8, -8]);
+    right.words(20, Math.max(descent.left[11] ?? 0, 4e-3), "gradient descent", "orange end", [-6, 0]);
     right.words(2, 1e-3, "conjugate gradients", "blue", [8, -8]);
     right.upright(steps, "thin dotted");
-    left.words(...start, "start", "", [12, 4]);
+    left.words(...start, "start", "middle", [0, start[1] > b ? -14 : 24]);
     return {height, panel: left, at: start};
   },
-  reach: 1.9,  // of the picture, from the solution
+  reach: 1.6,  // of the picture, from the solution
 
   say(state) {
     const {descent, conjugate} = this.compute(state);
     const long = this.compute(state, 5000);
     const left = ({left}) => percent(left[Math.min(state.steps, left.length - 1)]);
     const needs = ({left}) => left.findIndex((part) => part <= 0.01);
-    const at = `after ${state.steps} ${state.steps === 1 ? "step" : "steps"}`;
+    const steps = (count) => `${count} ${count === 1 ? "step" : "steps"}`;
+    const line = (name, walk, long) => `${name}: *${left(walk)}* of the way left after `
+      + `${steps(state.steps)}, 1 % after *${needs(long)}*`;
     return [
-      [`gradient descent, left ${at}`, left(descent)], ["steps to 1 %", needs(long.descent)],
-      [`conjugate gradients, left ${at}`, left(conjugate)], ["steps to 1 %", needs(long.conjugate)],
+      line("gradient descent", descent, long.descent),
+      line("conjugate gradients", conjugate, long.conjugate),
     ];
   },
 };
 
 /** Training runs that the page measured, one per damping. */
 const runs = {
-  label: "Left: the loss over the iterations, a curve per damping. Right: over the damping, the "
+  label: "Left: the loss and the products per step over the iterations, a curve per damping. Right: over the damping, the "
     + "length of each layer's first step in lengths of its gradient.",
   sliders: ({dampings}) => ({
     run: {
-      ...plain("damping λ", 0, dampings.length - 1, 1), format: (run) => power(dampings[run]),
+      ...plain("damping λ", 0, dampings.length - 1, 1), format: (run) => String(dampings[run]),
     },
   }),
 
-  draw(drawing, {run, dampings, loss, ratio, layers}, width) {
-    const {first, second, height} = boxes(width, 0.54, [250, 230]);
+  draw(drawing, {run, dampings, loss, products, ratio, layers}, width) {
+    const most = Math.max(...products.flat());
+    const upper = 170, lower = 70, between = 24;  // pixels, of the two panels on the left
+    const {first, second, height} = boxes(width, 0.54, width < NARROW
+      ? [upper + between + EDGE.top + lower, 200] : [upper + between + EDGE.top + lower]);
+    const x = {from: 0, to: loss[0].length - 1, ticks: [0, 10, 20, 30, 40, 50]};
     const left = new Panel(drawing, {
-      ...first, title: "mini-batch loss",
-      x: {from: 0, to: loss[0].length - 1, ticks: [0, 10, 20, 30, 40, 50], label: "iteration"},
-      y: {from: 0, to: 3, ticks: [0, 1, 2, 3]},
+      ...first, height: upper, x, title: "mini-batch loss", y: {from: 0, to: 3, ticks: [0, 1, 2, 3]},
+    });
+    const below = new Panel(drawing, {
+      ...first, top: first.top + upper + between + EDGE.top, height: lower,
+      x: {...x, label: "iteration"}, title: "products per step",
+      y: {from: 0, to: 1.1 * most, ticks: [0, 50, 100].filter((tick) => tick <= 1.1 * most)},
     });
     const [low, high] = [Math.min(...dampings), Math.max(...dampings)];
     const right = new Panel(drawing, {
@@ -401,9 +417,11 @@ const runs = {
       y: {from: 0.2, to: 2e4, log: true, ticks: powers(0, 4), format: power},
     });
     const points = (curve) => curve.map((value, i) => [i, value]);
-    loss.forEach((curve, i) => i === run || left.line(points(curve), "gray faint"));
-    left.line(points(loss[run]), "ink");
-    left.words(0, 3, `λ = ${power(dampings[run])}`, "strong", [8, 18]);
+    for (const [panel, curves] of [[left, loss], [below, products]]) {
+      curves.forEach((curve, i) => i === run || panel.line(points(curve), "gray faint"));
+      panel.line(points(curves[run]), "ink");
+    }
+    left.words(50, 3, `λ = ${dampings[run]}`, "strong end", [-8, 18]);
 
     right.line([[low / 2, 2 / low], [high * 2, 0.5 / high]], "thin dashed");
     right.words(0.1, 10, "1/λ", "", [4, -4]);
@@ -414,7 +432,7 @@ const runs = {
       ratio.forEach((row, i) => right.dot(dampings[i], row[j], colours[j], i === run ? 5 : 2));
     });
     right.words(low, ratio[0][0], "conv 1", "blue", [14, 2]);
-    right.words(low, ratio[0][1], "conv 2", "orange", [-2, 22]);
+    right.words(dampings[1], ratio[1][1], "conv 2", "orange end", [-8, 14]);
     right.words(low, ratio[0][2], "linear 1", "green", [0, -8]);
     right.words(low, ratio[0][3], "linear 2", "purple", [0, 16]);
     return {height};
@@ -424,30 +442,25 @@ const runs = {
     const total = products[run].reduce((sum, one) => sum + one);
     const late = loss[run].slice(-10).reduce((sum, one) => sum + one) / 10;
     return [
-      ["loss, mean of the last ten", fixed(late)],
-      ["products", String(total)], ["per step", fixed(total / products[run].length, 0)],
-      ...layers.map((layer, j) => [`‖v‖/‖g‖ of ${layer}`, fixed(ratio[run][j], 1)]),
+      `mean loss of the last ten steps *${fixed(late)}*`,
+      `*${total}* products, ${fixed(total / products[run].length, 0)} a step`,
+      "‖v‖/‖g‖ of the first step: "
+        + layers.map((layer, j) => `${layer} *${fixed(ratio[run][j], 1)}*`).join(", "),
     ];
   },
 };
-const power = (number) => {
-  const exponent = Math.round(Math.log10(number));
-  const raised = [...String(exponent)].map((sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)]);
-  return exponent ? `10${raised.join("")}` : "1";
-};
-
 const FIGURES = {parabola, valley, paths, runs};
 
 // From the picture to the drawing
 
-function explore(box) {
+function explore(box, number) {
   const source = box.querySelector("script[data-explore]");
   const figure = FIGURES[source.dataset.explore];
   const state = JSON.parse(source.textContent);
   const sliders = figure.sliders(state);
-  const id = `explore-${++clips}`;
+  const id = `explore-${number}`;
 
-  const drawing = svg("g", {"aria-hidden": "true"});
+  const drawing = svg("g", {id: `${id}-drawing`, "aria-hidden": "true"});
   const picture = svg("svg", {
     role: figure.handle?.moves === "start" ? "group" : "img",
     "aria-label": figure.label, "aria-describedby": id,
@@ -463,7 +476,7 @@ function explore(box) {
       state[name] = slider.value(input.value);
       redraw();
     });
-    controls.append(html("label", {}, html("span", {}, slider.text), " ", shown, input));
+    controls.append(html("label", {}, html("span", {}, `${slider.text} `, shown), input));
     return () => {
       input.value = slider.position(state[name]);
       const text = slider.format(state[name]);
@@ -491,10 +504,11 @@ function explore(box) {
     shape = figure.draw(drawing, state, width);
     picture.setAttribute("viewBox", `0 0 ${width} ${Math.ceil(shape.height)}`);
     inputs.forEach((show) => show());
+    box.numbers = figure.compute?.(state);  // to all digits, for the tests and the curious
     handle?.();
-    said.replaceChildren(...figure.say(state).flatMap(([name, value]) => [
-      html("span", {}, `${name} `, html("b", {}, String(value))), " ",
-    ]));
+    // Between asterisks are the numbers that change.
+    said.replaceChildren(...figure.say(state).map((phrase) => html("span", {}, ...phrase.split("*")
+      .map((part, i) => i % 2 ? html("b", {}, part) : part))));
   }
 
   source.remove();
@@ -520,6 +534,8 @@ function point(picture, shape, move, alone) {
     if (alone) grip.focus({preventScroll: true});
     event.preventDefault();
   });
+  // Within an SVG, touch-action alone does not keep the page from scrolling under the finger.
+  grip.addEventListener("touchstart", (event) => event.preventDefault(), {passive: false});
   grip.addEventListener("pointermove", ({pointerId, clientX, clientY}) => {
     if (!grip.hasPointerCapture(pointerId)) return;
     const {panel} = shape(), {left, top, width} = picture.getBoundingClientRect();
