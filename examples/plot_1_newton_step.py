@@ -130,31 +130,25 @@ assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 # A damping larger than the size of the negative curvature, :math:`\lambda > -C`, turns the
 # parabola over, and the step points downhill again.
 #
-# How much damping is enough, and how much is too much? On the left is the step once more, from the
-# start that lies; on the right is the loss after it, for every :math:`\lambda`. Try another start,
-# :math:`\lambda` and :math:`\gamma`: below the figure on the site, in the first line of this code
-# anywhere else.
+# How much damping is enough, and how much is too much? On the left is the step from the start that
+# lies, on the right the loss after it, for every :math:`\lambda`. Try other starts, other
+# :math:`\lambda` and :math:`\gamma`: on the site below the figure, elsewhere in the next line.
 
-x, lam, gamma = lying, 0.8, 1.0
-C = grad(grad(loss))(x)
-dampings = torch.linspace(0, 2, 201)
-after = loss(x + gamma * newton_step(x, dampings))
-best = dampings[after.argmin()]
-print(f"-C = {-C:.2f}, lowest loss after the step at λ = {best:.2f}")
-assert (after[dampings < -C] > loss(x)).all()
-assert (after[dampings > best].diff() > 0).all() and after[-1] < loss(x)
+x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
 
 # %%
 
 from cgn_tutorial.plotting import explorable
 
+dampings = torch.linspace(0, 2, 201)
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 draw_step(left, x, gamma, lam)
 left.set_ylabel("loss")
-right.plot(dampings, after, c=COLORS["orange"])
-right.plot(lam, loss(x + gamma * newton_step(x, lam)), "X", c=COLORS["orange"])
+orange = COLORS["orange"]
+right.plot(dampings, loss(x + gamma * newton_step(x, dampings)), c=orange)
+right.plot(lam, loss(x + gamma * newton_step(x, lam)), "X", c=orange, ms=9)
 right.axhline(loss(x), color="gray", lw=0.5)
-right.axvspan(0, max(0, -C), color="gray", alpha=0.2)
+right.axvspan(0, max(0, -grad(grad(loss))(x)), color="gray", alpha=0.2)
 right.set(xlabel="damping λ", title="loss after the step")
 _ = describe(
     fig,
@@ -166,10 +160,22 @@ settings = {"x": x.item(), "lambda": lam, "gamma": gamma}
 _ = explorable(fig, "parabola", settings)
 
 # %%
-# In the shaded part, :math:`\lambda < -C`, the step climbs. Right beside it the parabola is almost
-# flat, and the step overshoots by far. The loss after the step is lowest where the two errors
-# cancel; from there on, more damping only shortens the step. The thin line is the loss before.
-#
+# In the shaded part, :math:`\lambda < -C`, the step climbs, whatever :math:`\gamma`. Right beside
+# it the parabola is almost flat, and the step overshoots by far. Then the loss after the step falls
+# below the one before, the thin line, and soon it is lowest. From there on, more damping only
+# shortens the step.
+
+C = grad(grad(loss))(lying)
+after = loss(lying + newton_step(lying, dampings))
+best = dampings[after.argmin()]
+print(
+    f"-C = {-C:.2f}, and the loss after the step is lowest at λ = {best:.2f}"
+)
+assert (after[dampings < -C] > loss(lying)).all() and -C < best < 0.75
+assert after[dampings > -C][0] > 0.99
+assert (after[dampings > best].diff() > 0).all() and after[-1] < loss(lying)
+
+# %%
 # Two dimensions
 # --------------
 #
@@ -255,10 +261,9 @@ v = torch.linalg.solve(C + lam * eye, -g)
 assert torch.allclose(v, -g / lam, rtol=20 / lam)
 
 # %%
-# Which directions does one damping hold back? The upper panel shows where a single damped step
-# lands, the lower one which part of the way to the minimum it goes in each direction, for every
-# :math:`\lambda`. Try others: below the figure on the site, in the first line of this code anywhere
-# else.
+# Which directions does one damping hold back? Below are the step for one :math:`\lambda`, and the
+# part of the way to the minimum that it goes in each direction, for every :math:`\lambda`. Try
+# others: on the site below the figure, elsewhere in the next line.
 
 lam, gamma = 1.0, 1.0
 curvatures = C.diagonal()
@@ -297,9 +302,9 @@ settings |= {"start": start.tolist(), "mu": curvatures.tolist()}
 _ = explorable(fig, "valley", settings)
 
 # %%
-# Each direction has its own threshold: at :math:`\lambda = \mu` it goes half the way. A damping
-# between the two curvatures settles the steep direction, and leaves the flat one for later. The
-# step size :math:`\gamma` knows no directions: it shortens both by the same factor.
+# Each direction has a threshold of its own: where :math:`\lambda` is its curvature :math:`\mu`, it
+# goes half as far as without damping. A damping between the two holds back the flat direction, and
+# hardly the steep one. The step size :math:`\gamma` knows no directions: it shortens both alike.
 #
 # Hessian
 # -------

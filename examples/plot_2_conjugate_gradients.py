@@ -149,14 +149,17 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # right angle in the right figure, and on a round bowl that leads to the
 # centre.
 #
-# What if the valley is longer, or the start another one? Let :math:`\kappa` be
-# the ratio of the two eigenvalues of :math:`A`, and keep its eigenvectors and
-# the solution. Drag the start, and change :math:`\kappa` and the steps, on the
-# site; anywhere else, change the first lines of this code. Is there a start
-# from which gradient descent arrives at once? And one that is worst?
+# What if the valley is longer, and the start another one? Keep the solution and
+# the eigenvectors of :math:`A`, and let :math:`\kappa` be the ratio of its two
+# eigenvalues. From where does gradient descent arrive at once, and from where
+# is it slowest? Try it: on the site, drag the start, and move :math:`\kappa` and
+# the steps; elsewhere, change the next two lines.
 
 kappa, steps = 10.0, 10
-x_0 = torch.zeros(2).double()
+x_0 = torch.tensor([0.0, 0.0]).double()
+
+# %%
+
 flat, steep = torch.linalg.eigh(A).eigenvectors.T
 A_kappa = torch.outer(flat, flat) + kappa * torch.outer(steep, steep)
 
@@ -168,12 +171,15 @@ def way_left(conjugate, steps, x_0=x_0):
     return path, error / error[0]
 
 
-at_once, worst = solution - steep, solution - flat * kappa - steep
-assert way_left(False, 1, at_once)[1][-1] < 1e-12
-bound = (kappa - 1) / (kappa + 1)
-left = way_left(False, 20, worst)[1]
-torch.testing.assert_close(left, bound ** torch.arange(21).double())
-print(f"worst start: {left[steps]:.0%} of the way left after {steps} steps")
+at_once, slow = solution + steep, solution + kappa * flat + steep
+rate = (kappa - 1) / (kappa + 1)
+left = way_left(False, 20, slow)[1]
+print(f"slowest: {left[10]:.0%} of the way left after 10 steps")
+torch.testing.assert_close(left, rate ** torch.arange(21).double())
+assert way_left(False, 1, at_once)[1][1] < 1e-12
+assert (
+    way_left(True, 2)[1][2] < 1e-12 and way_left(True, 2, slow)[1][2] < 1e-12
+)
 
 # %%
 
@@ -181,11 +187,11 @@ from cgn_tutorial.plotting import explorable
 
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
 contours(axes[0], A_kappa, A_kappa @ solution, solution, 1.9)
-for conjugate_, style, color, label in (
+for by_cg, style, color, label in (
     (False, "o--", "orange", "gradient descent"),
     (True, "s-", "blue", "conjugate gradients"),
 ):
-    path, left = way_left(conjugate_, 2 if conjugate_ else 20)
+    path, left = way_left(by_cg, 2 if by_cg else 20)
     shown = {"color": COLORS[color], "ms": 4}
     axes[0].plot(*path[: steps + 1].T, style, **shown)
     axes[1].semilogy(left, style, **shown, label=label)
@@ -205,11 +211,12 @@ settings |= {"solution": solution.tolist(), "flat": flat.tolist()}
 _ = explorable(fig, "paths", settings)
 
 # %%
-# On an axis of the ellipses, :math:`r` points at the solution, and one step is
-# enough. From the worst starts, which lie :math:`\kappa` times as far along the
-# flat axis as along the steep one, each step of gradient descent leaves the
-# part :math:`(\kappa - 1) / (\kappa + 1)` of the way, as the code checks.
-# Conjugate gradients take two steps from anywhere, for any :math:`\kappa`.
+# From an axis of the ellipses, :math:`r` points at the solution, and one step is
+# enough. From a start :math:`\kappa` times as far along the long axis as along
+# the short one, each step of gradient descent leaves the part
+# :math:`(\kappa - 1) / (\kappa + 1)` of the way, as the code checks. No start is
+# slower in the long run (see `How fast <#how-fast>`__). Conjugate gradients
+# take at most two steps, from anywhere, for any :math:`\kappa`.
 #
 # Does it work for more than two unknowns, where each direction is made
 # conjugate to the last one only? For a random system with twelve of them, take

@@ -540,12 +540,20 @@ for lam, history, row in zip(dampings, by_damping, ratio, strict=True):
 
 from cgn_tutorial.plotting import explorable
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.4))
+figure, axes = plt.subplot_mosaic(
+    [["loss", "steps"], ["products", "steps"]],
+    figsize=(7, 4.4),
+    height_ratios=[2, 1],
+    layout="constrained",
+)
 colors, styles = list(COLORS.values()), ("-", "--", "-.", ":", "-")
 for i, (lam, history) in enumerate(zip(dampings, by_damping, strict=True)):
-    label = f"λ = {lam:g}"
-    left.plot(history.loss, styles[i], c=colors[i], lw=1.2, label=label)
-left.set(xlabel="iteration", ylabel="mini-batch loss", ylim=(0, 3))
+    style = {"ls": styles[i], "c": colors[i], "lw": 1.2}
+    axes["loss"].plot(history.loss, **style, label=f"λ = {lam:g}")
+    axes["products"].plot(history.products, **style)
+axes["loss"].set(ylabel="mini-batch loss", ylim=(0, 3))
+axes["products"].set(xlabel="iteration", ylabel="products per step")
+right = axes["steps"]
 for i, name in enumerate(LAYERS):
     lengths = [row[i] for row in ratio]
     right.loglog(
@@ -554,13 +562,13 @@ for i, name in enumerate(LAYERS):
 right.loglog(dampings, [1 / lam for lam in dampings], "--", c="gray")
 right.text(1, 1.6, "1/λ", color="gray")
 right.set(xlabel="damping λ", ylabel="first step, ‖v‖ / ‖g‖", ylim=(0.2, 2e4))
-for ax in (left, right):
-    ax.legend(fontsize=8, frameon=False)
-figure.tight_layout()
+for name in ("loss", "steps"):
+    axes[name].legend(fontsize=8, frameon=False)
 _ = describe(
     figure,
     "Left: the loss falls soonest with the two smallest dampings, later with"
-    " 0.01, and not at all with 0.1 and 1. Right: the convolutions' first"
+    " 0.01, and not at all with 0.1 and 1; the smaller the damping, the more"
+    " products each step takes. Right: the convolutions' first"
     " steps are as long as the gradient over the damping; those of the linear"
     " layers hardly grow as the damping shrinks.",
 )
@@ -578,10 +586,10 @@ _ = explorable(figure, "runs", data)
 # On the right, as long as the damping is above a layer's curvature, the step is
 # :math:`-g / \lambda`, the dashed line: ten times less damping makes it ten
 # times as long. The linear layers' steps stop growing where :math:`\lambda`
-# falls below their curvature. On the left, with dampings of 0.1 and 1 the loss stays
-# on the plateau for all of these steps. With 0.001 it falls sooner than with 0.01,
-# for about twice the products. With 0.0001 it falls sooner still, for even more
-# of them, but does not stay as low.
+# falls below their curvature. On the left, with dampings of 0.1 and 1 the loss
+# stays on the plateau for all of these steps. With 0.001 it falls sooner than
+# with 0.01, for about twice the products. With 0.0001 it falls as soon, for
+# still more of them, but does not stay as low.
 
 late_losses = [sum(history.loss[-10:]) / 10 for history in by_damping]
 totals = [sum(history.products) for history in by_damping]
@@ -589,9 +597,10 @@ soonest = [
     next((i for i, x in enumerate(history.loss) if x < 1), STEPS)
     for history in by_damping
 ]
-assert soonest == sorted(soonest) and soonest[3] == soonest[4] == STEPS
-assert late_losses[1] < late_losses[0] and late_losses[1] < late_losses[2]
-assert totals == sorted(totals, reverse=True) and totals[1] > 1.5 * totals[2]
+assert max(soonest[:2]) < soonest[2] - 5 and soonest[3:] == [STEPS, STEPS]
+assert late_losses[1] < late_losses[0]
+assert totals == sorted(totals, reverse=True)
+assert 1.5 < totals[1] / totals[2] < 2.5
 first_step = torch.tensor(ratio)
 assert (first_step[3:, :2] * torch.tensor(dampings[3:])[:, None] > 0.9).all()
 assert (first_step[0, 2:] < 1.3 * first_step[2, 2:]).all()

@@ -204,7 +204,7 @@ const parabola = {
     else {
       const edge = Math.sign(end) * 3.2;
       left.words(edge, after, end < 0 ? "← lands far out" : "lands far out →",
-        end < 0 ? "orange" : "orange end", end < 0 ? [6, 18] : [-6, 18]);
+        end < 0 ? "orange" : "orange end", end < 0 ? [6, -8] : [-6, -8]);
     }
 
     if (C < 0) {
