@@ -186,7 +186,7 @@ assert (
 from cgn_tutorial.plotting import explorable
 
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
-contours(axes[0], A_kappa, A_kappa @ solution, solution, 1.9)
+contours(axes[0], A_kappa, A_kappa @ solution, solution, 1.6)
 for by_cg, style, color, label in (
     (False, "o--", "orange", "gradient descent"),
     (True, "s-", "blue", "conjugate gradients"),

@@ -560,7 +560,7 @@ for i, name in enumerate(LAYERS):
         dampings, lengths, marker="os^D"[i], c=colors[i], ms=4, label=name
     )
 right.loglog(dampings, [1 / lam for lam in dampings], "--", c="gray")
-right.text(1, 1.6, "1/λ", color="gray")
+right.text(0.15, 10, "1/λ", color="gray")
 right.set(xlabel="damping λ", ylabel="first step, ‖v‖ / ‖g‖", ylim=(0.2, 2e4))
 for name in ("loss", "steps"):
     axes[name].legend(fontsize=8, frameon=False)

@@ -60,9 +60,12 @@ class ThemedImage(SphinxDirective):
             )
             for theme, uri in addresses.items()
         ]
-        if "explore" not in self.options:
+        if bool(self.content) != ("explore" in self.options):
+            raise self.error(f"{address} needs both :explore: and its data, or none of them.")
+        if not self.content:
             return images
         (kind,) = self.options["explore"]
+        # Without a "<", nothing in the data can end the script.
         data = json.dumps(json.loads("\n".join(self.content))).replace("<", r"\u003c")
         script = f'<script type="application/json" data-explore="{kind}">{data}</script>'
         return [nodes.container("", *images, nodes.raw("", script, format="html"), classes=[MOVES])]

@@ -5,11 +5,13 @@
    place. Without it, and in notebooks, the picture stays.
 
    Plain SVG, not JSXGraph or D3: four figures need lines, dots, ellipses and two kinds of axes, which
-   are the hundred lines below. JSXGraph brings about a megabyte, and neither brings what takes care
-   here: native sliders, a point that the keyboard moves, words for who cannot see the drawing, and
-   colours that follow the theme.
+   are the class Panel. JSXGraph is many times the size of this file, and neither library brings what
+   takes care: native sliders, a point that the arrow keys move, words for who cannot see the
+   drawing, colours that follow the theme, and letters that keep their size on a phone, for which a
+   figure is drawn anew whenever its width changes.
 
-   What can be computed exactly is computed here, in float64. The tests hold it against the package. */
+   What can be computed exactly is computed here, in float64; the tests hold it against the package.
+   To add a figure: what can be set (sliders, perhaps a handle), what is drawn, and what is said. */
 (() => {
 "use strict";
 
@@ -168,7 +170,7 @@ const parabola = {
     lambda: plain("damping λ", 0, 2, 0.01),
     gamma: plain("step size γ", 0, 1.5, 0.05),
   }),
-  handle: {moves: "x", name: "start"},
+  handle: "x",
 
   compute({x, lambda, gamma}) {
     const loss = (x) => -Math.expm1(-x * x / 2);
@@ -268,7 +270,7 @@ const valley = {
     });
 
     top.ellipses([0, 0], [1, 0], mu[1] / mu[0], range(1, 14, 14));
-    const all = [...range(-3, 4, 141).map((exponent) => 10 ** exponent)];
+    const all = range(-3, 4, 141).map((exponent) => 10 ** exponent);
     top.line(all.map((lambda) => this.compute({...state, lambda}).end), "green");
     top.line([start, start.map((x, i) => x * (1 - 0.08 * mu[i]))], "blue dotted");
     top.words(start[0] * 0.92, start[1] * -0.6, "−g", "blue", [-4, 14]);
@@ -305,7 +307,7 @@ const paths = {
     kappa: logarithmic("condition number κ", 0, 2),
     steps: plain("steps shown", 0, 20, 1, String),
   }),
-  handle: {moves: "start", name: "start"},
+  handle: "start",
 
   /** Both paths, as page 2 writes them, from x₀ for A with the eigenvalues 1 and κ. */
   compute({kappa, start, solution, flat: [c, s]}, steps = 20) {
@@ -388,8 +390,8 @@ const paths = {
 
 /** Training runs that the page measured, one per damping. */
 const runs = {
-  label: "Left: the loss and the products per step over the iterations, a curve per damping. Right: over the damping, the "
-    + "length of each layer's first step in lengths of its gradient.",
+  label: "Left: the loss and the products per step over the iterations, a curve per damping. "
+    + "Right: over the damping, the length of each layer's first step in lengths of its gradient.",
   sliders: ({dampings}) => ({
     run: {
       ...plain("damping λ", 0, dampings.length - 1, 1), format: (run) => String(dampings[run]),
@@ -449,6 +451,7 @@ const runs = {
     ];
   },
 };
+
 const FIGURES = {parabola, valley, paths, runs};
 
 // From the picture to the drawing
@@ -462,7 +465,7 @@ function explore(box, number) {
 
   const drawing = svg("g", {id: `${id}-drawing`, "aria-hidden": "true"});
   const picture = svg("svg", {
-    role: figure.handle?.moves === "start" ? "group" : "img",
+    role: figure.handle === "start" ? "group" : "img",  // an image has nothing to focus in it
     "aria-label": figure.label, "aria-describedby": id,
   }, drawing);
   const controls = html("div", {class: "controls"});
@@ -487,7 +490,7 @@ function explore(box, number) {
 
   let shape, width = 0;
   const handle = figure.handle && point(picture, () => shape, (x, y) => {
-    if (figure.handle.moves === "start") {
+    if (figure.handle === "start") {
       const inside = (value, centre) =>
         Math.max(centre - figure.reach, Math.min(centre + figure.reach, value));
       state.start = [x, y].map((value, i) => Number(inside(value, state.solution[i]).toFixed(2)));
@@ -496,7 +499,7 @@ function explore(box, number) {
       state.x = Number((Math.round(Math.max(min, Math.min(max, x)) / step) * step).toFixed(2));
     }
     redraw();
-  }, figure.handle.moves === "start");
+  }, figure.handle === "start");
 
   function redraw() {
     width = box.clientWidth || width || 600;
@@ -517,7 +520,7 @@ function explore(box, number) {
   new ResizeObserver(() => box.clientWidth !== width && redraw()).observe(box);
 }
 
-/** A point that pointers drag; where no slider moves it, too, the arrow keys do. */
+/** A point that pointers drag. Where it is alone, with no slider to move it, the arrow keys do. */
 function point(picture, shape, move, alone) {
   const hand = svg("circle", {r: 22, class: "hand"});
   const dot = svg("circle", {r: 7, class: "handle"});
