@@ -22,6 +22,7 @@ OLDEST_PYTHON = PYPROJECT["project"]["requires-python"].removeprefix(">=")
 SOURCE = "docs"
 SITE = "docs/_build/html"
 WHEEL = "docs/_build/wheel"
+EXPECTED = "docs/_build/expected.json"
 
 
 def install(session: nox.Session, *groups: str, options: Sequence[str] = ()) -> None:
@@ -70,6 +71,7 @@ def docs(session: nox.Session) -> None:
     install(session, "docs")
     build_wheel(session)
     session.run("sphinx-build", "-W", "-n", "-b", "html", SOURCE, SITE, *session.posargs)
+    session.run("python", "tests/site/expected.py", EXPECTED)  # here, where there is torch
 
 
 @nox.session(name="docs-live")

@@ -130,6 +130,52 @@ assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 # A damping larger than the size of the negative curvature, :math:`\lambda > -C`, turns the
 # parabola over, and the step points downhill again.
 #
+# How much damping is enough, and how much is too much? On the left is the step from the start that
+# lies, on the right the loss after it, for every :math:`\lambda`. Try other starts, other
+# :math:`\lambda` and :math:`\gamma`: on the site below the figure, elsewhere in the next line.
+
+x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
+
+# %%
+
+from cgn_tutorial.plotting import explorable
+
+dampings = torch.linspace(0, 2, 201)
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
+draw_step(left, x, gamma, lam)
+left.set_ylabel("loss")
+orange = COLORS["orange"]
+right.plot(dampings, loss(x + gamma * newton_step(x, dampings)), c=orange)
+right.plot(lam, loss(x + gamma * newton_step(x, lam)), "X", c=orange, ms=9)
+right.axhline(loss(x), color="gray", lw=0.5)
+right.axvspan(0, max(0, -grad(grad(loss))(x)), color="gray", alpha=0.2)
+right.set(xlabel="damping λ", title="loss after the step")
+_ = describe(
+    fig,
+    "Left: from 1.5, the step with damping 0.8 lands near the minimum. Right:"
+    " the loss after the step is higher than before up to a damping of 0.4,"
+    " falls to zero at 0.73, and slowly rises from there.",
+)
+settings = {"x": x.item(), "lambda": lam, "gamma": gamma}
+_ = explorable(fig, "parabola", settings)
+
+# %%
+# In the shaded part, :math:`\lambda < -C`, the step climbs, whatever :math:`\gamma`. Right beside
+# it the parabola is almost flat, and the step overshoots by far. Then the loss after the step falls
+# below the one before, the thin line, and soon it is lowest. From there on, more damping only
+# shortens the step.
+
+C = grad(grad(loss))(lying)
+after = loss(lying + newton_step(lying, dampings))
+best = dampings[after.argmin()]
+print(
+    f"-C = {-C:.2f}, and the loss after the step is lowest at λ = {best:.2f}"
+)
+assert (after[dampings < -C] > loss(lying)).all() and -C < best < 0.75
+assert after[dampings > -C][0] > 0.99
+assert (after[dampings > best].diff() > 0).all() and after[-1] < loss(lying)
+
+# %%
 # Two dimensions
 # --------------
 #
@@ -215,6 +261,51 @@ v = torch.linalg.solve(C + lam * eye, -g)
 assert torch.allclose(v, -g / lam, rtol=20 / lam)
 
 # %%
+# Which directions does one damping hold back? Below are the step for one :math:`\lambda`, and the
+# part of the way to the minimum that it goes in each direction, for every :math:`\lambda`. Try
+# others: on the site below the figure, elsewhere in the next line.
+
+lam, gamma = 1.0, 1.0
+curvatures = C.diagonal()
+end = start + gamma * torch.linalg.solve(C + lam * eye, -g)
+part = gamma * curvatures / (curvatures + lam)
+assert torch.allclose(1 - end / start, part)
+print(f"λ = {lam}: x₁ goes {part[0]:.0%} of its way, x₂ {part[1]:.0%}")
+
+# %%
+
+dampings = torch.logspace(-3, 4, 80)
+parts = gamma * curvatures / (curvatures + dampings[:, None])
+fig, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.4))
+value = (first**2 + 20 * second**2) / 2
+top.contour(first, second[:, 0], value, colors="gray", linewidths=0.5)
+top.plot(*(start * (1 - parts)).T, c=green)
+top.plot(*start, "o", c=orange)
+top.plot(*end, "X", c=orange, ms=9)
+top.set(aspect="equal", xlabel="first parameter", ylabel="second parameter")
+for i, (color, style) in enumerate(((blue, "-"), (COLORS["purple"], "--"))):
+    name = f"x{'₁₂'[i]}, curvature {curvatures[i]:.0f}"
+    bottom.semilogx(dampings, parts[:, i], style, c=color, label=name)
+    bottom.plot(lam, part[i], "o", c=color)
+bottom.set(xlabel="damping λ", ylabel="part of the way", ylim=(0, 1.25))
+bottom.legend(loc="lower left")
+fig.tight_layout()
+_ = describe(
+    fig,
+    "Above: the damped step with λ = 1 lands on the valley's floor, half way"
+    " to the minimum. Below: the part of the way falls from one to zero as the"
+    " damping grows, around 1 for the first parameter and around 20 for the"
+    " second.",
+)
+settings = {"lambda": lam, "gamma": gamma}
+settings |= {"start": start.tolist(), "mu": curvatures.tolist()}
+_ = explorable(fig, "valley", settings)
+
+# %%
+# Each direction has a threshold of its own: where :math:`\lambda` is its curvature :math:`\mu`, it
+# goes half as far as without damping. A damping between the two holds back the flat direction, and
+# hardly the steep one. The step size :math:`\gamma` knows no directions: it shortens both alike.
+#
 # Hessian
 # -------
 #

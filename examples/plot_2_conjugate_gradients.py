@@ -149,6 +149,75 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # right angle in the right figure, and on a round bowl that leads to the
 # centre.
 #
+# What if the valley is longer, and the start another one? Keep the solution and
+# the eigenvectors of :math:`A`, and let :math:`\kappa` be the ratio of its two
+# eigenvalues. From where does gradient descent arrive at once, and from where
+# is it slowest? Try it: on the site, drag the start, and move :math:`\kappa` and
+# the steps; elsewhere, change the next two lines.
+
+kappa, steps = 10.0, 10
+x_0 = torch.tensor([0.0, 0.0]).double()
+
+# %%
+
+flat, steep = torch.linalg.eigh(A).eigenvectors.T
+A_kappa = torch.outer(flat, flat) + kappa * torch.outer(steep, steep)
+
+
+def way_left(conjugate, steps, x_0=x_0):
+    b = A_kappa @ (solution - x_0)  # the steps start at 0
+    path = x_0 + descend(A_kappa, b, steps, conjugate)
+    error = (path - solution).norm(dim=1)
+    return path, error / error[0]
+
+
+at_once, slow = solution + steep, solution + kappa * flat + steep
+rate = (kappa - 1) / (kappa + 1)
+left = way_left(False, 20, slow)[1]
+print(f"slowest: {left[10]:.0%} of the way left after 10 steps")
+torch.testing.assert_close(left, rate ** torch.arange(21).double())
+assert way_left(False, 1, at_once)[1][1] < 1e-12
+assert (
+    way_left(True, 2)[1][2] < 1e-12 and way_left(True, 2, slow)[1][2] < 1e-12
+)
+
+# %%
+
+from cgn_tutorial.plotting import explorable
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+contours(axes[0], A_kappa, A_kappa @ solution, solution, 1.6)
+for by_cg, style, color, label in (
+    (False, "o--", "orange", "gradient descent"),
+    (True, "s-", "blue", "conjugate gradients"),
+):
+    path, left = way_left(by_cg, 2 if by_cg else 20)
+    shown = {"color": COLORS[color], "ms": 4}
+    axes[0].plot(*path[: steps + 1].T, style, **shown)
+    axes[1].semilogy(left, style, **shown, label=label)
+axes[1].axvline(steps, color="gray", lw=0.5)
+axes[0].set(xlabel="$x_1$", ylabel="$x_2$")
+axes[1].set(xlabel="steps", ylabel="part of the way left", ylim=(1e-3, 1.8))
+axes[1].legend()
+_ = describe(
+    fig,
+    "Left: gradient descent zigzags towards the solution, conjugate gradients"
+    " arrive in two steps. Right: the part of the way left falls on a straight"
+    " line on its logarithmic axis for gradient descent, and out of the"
+    " picture at step 2 for conjugate gradients.",
+)
+settings = {"kappa": kappa, "steps": steps, "start": x_0.tolist()}
+settings |= {"solution": solution.tolist(), "flat": flat.tolist()}
+_ = explorable(fig, "paths", settings)
+
+# %%
+# From an axis of the ellipses, :math:`r` points at the solution, and one step is
+# enough. From a start :math:`\kappa` times as far along the long axis as along
+# the short one, each step of gradient descent leaves the part
+# :math:`(\kappa - 1) / (\kappa + 1)` of the way, as the code checks. No start is
+# slower in the long run (see `How fast <#how-fast>`__). Conjugate gradients
+# take at most two steps, from anywhere, for any :math:`\kappa`.
+#
 # Does it work for more than two unknowns, where each direction is made
 # conjugate to the last one only? For a random system with twelve of them, take
 # all the steps and look at the cosines between them, in the inner product

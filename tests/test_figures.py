@@ -1,11 +1,16 @@
-"""The dark theme's figures are the light one's in other colours."""
+"""The dark theme's figures are the light one's in other colours; some bring data to the page."""
 
+import json
 import re
 import runpy
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+import torch
 from matplotlib import pyplot as plt
+
+from cgn_tutorial import plotting
 
 FIGURES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "_ext" / "figures.py"))
 EXPECTED = {"#000000": FIGURES["INK"], "#ffffff": FIGURES["PAPER"]}  # as SVG writes black, white
@@ -55,3 +60,32 @@ def test_a_dark_figure_differs_in_black_and_white_alone(tmp_path):
     for (tag, rest, colours), (dark_tag, dark_rest, dark_colours) in zip(light, dark, strict=True):
         assert (dark_tag, dark_rest) == (tag, rest)
         assert dark_colours == {k: EXPECTED.get(colour, colour) for k, colour in colours.items()}
+
+
+def scraped(figure_data, tmp_path):
+    """What the page of a gallery gets for a figure, whose data are given if it is to move."""
+    figure, axes = plt.subplots()
+    axes.plot([0, 1])
+    plotting.describe(figure, "A line that goes up.")
+    if figure_data:
+        plotting.explorable(figure, *figure_data)
+    paths = {"image_path_iterator": iter([str(tmp_path / "figure.png")])}
+    return FIGURES["scrape"](None, paths, {"src_dir": tmp_path})
+
+
+def test_a_figure_to_move_brings_its_kind_and_its_data_to_the_page(tmp_path):
+    still = scraped(None, tmp_path)
+    moving = scraped(("runs", {"λ": [0.1, 1], "name": "a < b\\c"}), tmp_path)
+    assert moving.startswith(still)
+    option, empty, data = moving[len(still) :].splitlines()
+    assert (option, empty) == ("   :explore: runs", "")
+    assert data.startswith("   {")
+    assert json.loads(data) == {"λ": [0.1, 1], "name": "a < b\\c"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.ones(1)])
+def test_data_that_json_cannot_hold_are_refused_on_the_page(value):
+    figure = plt.figure()
+    with pytest.raises((TypeError, ValueError), match="JSON"):
+        plotting.explorable(figure, "runs", {"loss": value})
+    plt.close(figure)

@@ -34,6 +34,9 @@ def scrape(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any])
         save(figure, svg)
         address = svg.relative_to(gallery_conf["src_dir"]).as_posix()
         shown.append(f"\n.. themed-image:: /{address}\n   :alt: {alt}\n")
+        if "explorable" in vars(figure):
+            kind, data = vars(figure)["explorable"]
+            shown.append(f"   :explore: {kind}\n\n   {data}\n")
     plt.close("all")
     return "".join(shown)
 

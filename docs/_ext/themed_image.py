@@ -1,7 +1,15 @@
-"""The directive `themed-image`: an SVG, and its copy for the dark theme."""
+"""The directive `themed-image`: an SVG, and its copy for the dark theme.
+
+With the option `explore`, the reader can move the figure: the script `explore.js` puts a drawing
+with controls in the place of both images. The option is the kind of figure, the directive's content
+its data as JSON. The data stand in the page itself, since browsers let no script read another file
+from the file system, and for the same reason the script is no module. Without scripts, the images
+stay.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,12 +20,18 @@ from figures import dark
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+MOVES = "explore"  # the class of the box around a figure that the reader can move
+
 
 class ThemedImage(SphinxDirective):
     """Show an SVG drawn in black on white; its dark copy is written beside it."""
 
     required_arguments = 1
-    option_spec: ClassVar = {"alt": directives.unchanged_required}
+    has_content = True
+    option_spec: ClassVar = {
+        "alt": directives.unchanged_required,
+        "explore": directives.class_option,
+    }
 
     def run(self) -> list[nodes.Node]:
         """Write the dark copy, and show both images, of which the theme hides one."""
@@ -35,7 +49,7 @@ class ThemedImage(SphinxDirective):
         if not copy.exists() or copy.read_text("utf-8") != dark(svg):
             copy.write_text(dark(svg), "utf-8")
         addresses = {"only-light": f"/{relative}", "only-dark": f"/{relative[:-4]}.dark.svg"}
-        return [
+        images = [
             nodes.image(
                 uri=uri,
                 classes=[theme],
@@ -46,9 +60,27 @@ class ThemedImage(SphinxDirective):
             )
             for theme, uri in addresses.items()
         ]
+        if bool(self.content) != ("explore" in self.options):
+            raise self.error(f"{address} needs both :explore: and its data, or none of them.")
+        if not self.content:
+            return images
+        (kind,) = self.options["explore"]
+        # Without a "<", nothing in the data can end the script.
+        data = json.dumps(json.loads("\n".join(self.content))).replace("<", r"\u003c")
+        script = f'<script type="application/json" data-explore="{kind}">{data}</script>'
+        return [nodes.container("", *images, nodes.raw("", script, format="html"), classes=[MOVES])]
+
+
+def load_script(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Load the script on the pages that have a figure to move, and on no other."""
+    if doctree and any(MOVES in box["classes"] for box in doctree.findall(nodes.container)):
+        app.add_js_file("explore.js", loading_method="defer")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the directive."""
+    """Register the directive, and load its script where it is needed."""
     app.add_directive("themed-image", ThemedImage)
+    app.connect("html-page-context", load_script)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

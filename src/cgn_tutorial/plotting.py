@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 
 from cgn_tutorial.training import History
 
-__all__ = ["COLORS", "describe", "plot_histories"]
+__all__ = ["COLORS", "describe", "explorable", "plot_histories"]
 
 #: Colours that colour-blind readers can tell apart (after Okabe and Ito, 2008), each with a
 #: contrast of at least 3 to a white page and to a dark one.
@@ -34,6 +35,23 @@ def describe(figure: Figure, alt: str) -> Figure:
         The figure.
     """
     figure.set_label(alt)
+    return figure
+
+
+def explorable(figure: Figure, kind: str, data: Mapping[str, object]) -> Figure:
+    """Attach to a figure what the site needs to let a reader move it.
+
+    Elsewhere, in scripts and notebooks, the figure stays as it is drawn.
+
+    Args:
+        figure: The figure, which shows how the moving one opens.
+        kind: Which of the site's moving figures it becomes, by its name in `explore.js`.
+        data: The settings it opens with, or the measurements it moves along: what JSON can hold.
+
+    Returns:
+        The figure.
+    """
+    vars(figure)["explorable"] = kind, json.dumps(data, allow_nan=False)
     return figure
 
 

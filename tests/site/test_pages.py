@@ -8,7 +8,8 @@ THEMES = ("light", "dark")
 WIDTHS = (375, 1280)
 MAIN = "auto_examples/plot_3_matrix_free_optimization.html"
 
-#: What a page shows, in one look. Text is what is neither code nor a formula.
+#: What a page shows, in one look. Text is what is neither code nor a formula. Words are those of
+#: the article without the figures to move: without scripts, what those say stands in a picture.
 LOOK = r"""
 () => {
   const shown = (element) => element.getClientRects().length > 0;
@@ -22,6 +23,11 @@ LOOK = r"""
   }
   const formulas = [...document.querySelectorAll("math")];
   const images = [...document.querySelectorAll("img")].filter(shown);
+  const moving = [...document.querySelectorAll(".explore")];
+  const show = (display) => moving.forEach((figure) => { figure.style.display = display; });
+  show("none");
+  const words = document.querySelector("article")?.innerText.replace(/\s+/g, " ").trim();
+  show("");
   const pairs = document.querySelectorAll("article img.only-light").length;
   return {
     theme: document.documentElement.dataset.theme,
@@ -38,7 +44,7 @@ LOOK = r"""
     pairs,
     figures: {light: files("light").length, dark: files("dark").length},
     broken: images.filter((image) => !image.naturalWidth).map((image) => image.src),
-    words: document.querySelector("article")?.innerText.replace(/\s+/g, " ").trim(),
+    words,
   };
 }
 """

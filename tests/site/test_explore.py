@@ -1,0 +1,335 @@
+"""The figures that a reader moves: every control works, and what they show is the package's."""
+
+import functools
+import json
+import re
+
+import pytest
+from bs4 import BeautifulSoup
+from conftest import PAGES, ROOT, SITE
+
+EXPECTED = ROOT / "docs" / "_build" / "expected.json"
+KINDS = {
+    "parabola": "auto_examples/plot_1_newton_step.html",
+    "valley": "auto_examples/plot_1_newton_step.html",
+    "paths": "auto_examples/plot_2_conjugate_gradients.html",
+    "runs": "auto_examples/plot_3_matrix_free_optimization.html",
+}
+SLIDERS = [
+    ("parabola", "x"),
+    ("parabola", "lambda"),
+    ("parabola", "gamma"),
+    ("valley", "lambda"),
+    ("valley", "gamma"),
+    ("paths", "kappa"),
+    ("paths", "steps"),
+    ("runs", "run"),
+]
+
+
+@functools.cache
+def expected():
+    return json.loads(EXPECTED.read_text())
+
+
+@functools.cache
+def soup(path):
+    return BeautifulSoup((SITE / path).read_bytes(), "html.parser")
+
+
+def kinds(path):
+    return [script["data-explore"] for script in soup(path).select("script[data-explore]")]
+
+
+class Figure:
+    """A figure on an open page."""
+
+    def __init__(self, page, kind):
+        self.page = page
+        number = kinds(KINDS[kind]).index(kind)
+        self.box = page.locator(".explore").nth(number)
+        self.picture = self.box.locator("svg")
+        self.grip = self.box.locator(".grip")
+        self.box.scroll_into_view_if_needed()
+
+    def slider(self, name):
+        return self.box.locator(f"input[name={name}]")
+
+    def setting(self, name):
+        """What a slider says it is set to, as it is read out."""
+        return plain(self.slider(name).get_attribute("aria-valuetext"))
+
+    def said(self):
+        return plain(self.box.locator("output").inner_text())
+
+    def numbers(self):
+        return self.box.evaluate("(box) => box.numbers")
+
+    def look(self):
+        return self.picture.locator("> g").first.inner_html()
+
+    def start(self):
+        return [float(x) for x in re.findall(r"= (\S+?)(?:,|$)", self.grip_text())]
+
+    def grip_text(self):
+        return plain(self.grip.get_attribute("aria-valuetext"))
+
+    def centre(self):
+        box = self.grip.locator(".handle").bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def plain(text):
+    return text.replace("−", "-")
+
+
+@pytest.fixture
+def figure(visit, server):
+    def open_figure(kind, address=server, **options):
+        figure = Figure(visit(f"{address}/{KINDS[kind]}", **options), kind)
+        assert figure.page.problems == []
+        return figure
+
+    return open_figure
+
+
+def check_parabola(figure):
+    """Compare with the package, for the start and the step size that the figure opens with."""
+    lam = figure.setting("lambda")
+    there, here = expected()["parabola"][lam], figure.numbers()
+    assert {name: here[name] for name in there} == pytest.approx(there, rel=1e-9)
+    assert f"to {there['end']:.2f}" in figure.said()
+    assert f"{there['after']:.2f} after" in figure.said()
+    return lam
+
+
+def check_valley(figure):
+    lam = f"{float(figure.setting('lambda')):g}"
+    there, here = expected()["valley"][lam], figure.numbers()
+    assert here["v"] == pytest.approx(there["v"], rel=1e-9)
+    assert here["end"] == pytest.approx(there["end"], abs=1e-9)
+    assert f"{there['after']:.2f} after" in figure.said()
+    return lam
+
+
+def check_paths(figure, there):
+    here = figure.numbers()
+    conjugate = there["conjugate"]
+    assert len(here["conjugate"]["path"]) - 1 == there["products"] == len(conjugate) - 1
+    for x, y in zip(here["conjugate"]["path"], conjugate, strict=True):
+        assert x == pytest.approx(y, abs=1e-9)
+    for x, y in zip(here["descent"]["path"], there["descent"], strict=False):
+        assert x == pytest.approx(y, abs=1e-9)
+    assert f"1 % after {there['products']}" in figure.said().split("conjugate gradients: ")[1]
+
+
+def check_runs(figure):
+    """Compare with the table that the page printed."""
+    run = int(figure.slider("run").input_value())
+    (table,) = (
+        block.get_text()
+        for block in soup(KINDS["runs"]).select(".sphx-glr-script-out pre")
+        if "late loss" in block.get_text()
+    )
+    damping, late, products, *lengths = table.splitlines()[1 + run].split()
+    assert float(figure.setting("run")) == float(damping)
+    assert late in figure.said()
+    assert f"{products} products" in figure.said()
+    layers = ("conv 1", "conv 2", "linear 1", "linear 2")
+    for layer, length in zip(layers, lengths, strict=True):
+        assert f"{layer} {length}" in figure.said()
+    return run
+
+
+CHECKS = {
+    "parabola": check_parabola,
+    "valley": check_valley,
+    "paths": lambda figure: check_paths(
+        figure, expected()["paths by kappa"][f"{float(figure.setting('kappa')):g}"]
+    ),
+    "runs": check_runs,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_figure_opens_with_the_pages_numbers(kind, figure, address, tally):
+    CHECKS[kind](figure(kind, address))
+    tally("figures to move × address: open with the package's numbers")
+
+
+@pytest.mark.parametrize(("kind", "name"), SLIDERS)
+def test_the_keyboard_moves_a_slider(kind, name, figure, tally):
+    shown = figure(kind)
+    settings, looks, said = set(), set(), set()
+    shown.slider(name).focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "End", "ArrowLeft"):
+        shown.page.keyboard.press(key)
+        settings.add(shown.setting(name))
+        looks.add(shown.look())
+        said.add(shown.said())
+        if name not in ("x", "gamma"):
+            CHECKS[kind](shown)
+    assert len(settings) == len(looks) == 5
+    assert len(said) > 2
+    tally("sliders: moved by the keyboard")
+
+
+@pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
+@pytest.mark.parametrize(("kind", "name"), SLIDERS)
+def test_pointers_move_a_slider(kind, name, touch, figure, tally):
+    phone = {"viewport": {"width": 375, "height": 800}, "has_touch": True}
+    shown = figure(kind, **phone if touch else {})
+    slider = shown.slider(name)
+    slider.scroll_into_view_if_needed()
+    settings = {shown.setting(name)}
+    for part in (0.1, 0.9):
+        box = slider.bounding_box()
+        at = box["x"] + part * box["width"], box["y"] + box["height"] / 2
+        (shown.page.touchscreen.tap if touch else shown.page.mouse.click)(*at)
+        settings.add(shown.setting(name))
+        if name not in ("x", "gamma"):
+            CHECKS[kind](shown)
+    assert len(settings) == 3
+    tally("sliders × mouse and touch: moved")
+
+
+def drag(figure, right, down, touch):
+    """Drag the start by so many pixels, with the mouse or a finger."""
+    x, y = figure.centre()
+    ways = [(x + right * part, y + down * part) for part in (0.3, 0.6, 1)]
+    if not touch:
+        figure.page.mouse.move(x, y)
+        figure.page.mouse.down()
+        for way in ways:
+            figure.page.mouse.move(*way)
+        return figure.page.mouse.up()
+    finger = figure.page.context.new_cdp_session(figure.page)
+    for kind, points in (
+        ("touchStart", [(x, y)]),
+        *(("touchMove", [way]) for way in ways),
+        ("touchEnd", []),
+    ):
+        touches = [{"x": x, "y": y} for x, y in points]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    return None
+
+
+@pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
+@pytest.mark.parametrize("corner", [(-1, -1), (-1, 1), (1, -1), (1, 1)])
+def test_pointers_drag_the_start_of_the_paths(corner, touch, figure, tally):
+    phone = {"viewport": {"width": 375, "height": 800}, "has_touch": True}
+    shown = figure("paths", **phone if touch else {})
+    shown.picture.scroll_into_view_if_needed()
+    before = shown.page.evaluate("scrollY")
+    drag(shown, 600 * corner[0], 600 * corner[1], touch)
+    there = expected()["paths by start"]["{:.2f},{:.2f}".format(*shown.start())]
+    check_paths(shown, there)
+    assert shown.page.evaluate("scrollY") == before, "the page scrolled in place of the point"
+    tally("start of the paths × mouse and touch: dragged")
+
+
+@pytest.mark.parametrize("touch", [False, True], ids=["mouse", "touch"])
+def test_the_start_follows_the_pointer(touch, figure, tally):
+    shown = figure("paths", **{"has_touch": True} if touch else {})
+    x, y = shown.centre()
+    drag(shown, 60, -40, touch)
+    assert shown.centre() == pytest.approx((x + 60, y - 40), abs=1)
+    drag(shown, -60, 40, touch)
+    assert shown.start() == pytest.approx([0, 0], abs=0.01)
+
+    shown = figure("parabola", **{"has_touch": True} if touch else {})
+    lands = shown.numbers()["end"]
+    drag(shown, -80, 0, touch)
+    assert float(shown.setting("x")) < 1.2
+    assert shown.numbers()["end"] != lands
+    assert shown.slider("x").input_value() in shown.setting("x")
+    tally("start of a figure × mouse and touch: follows the pointer", 2)
+
+
+def test_the_arrow_keys_move_the_start(figure, tally):
+    shown = figure("paths")
+    shown.grip.focus()
+    before = shown.page.evaluate("scrollY")
+    for key, place in (("ArrowRight", [0.1, 0]), ("ArrowUp", [0.1, 0.1])):
+        shown.page.keyboard.press(key)
+        assert shown.start() == place
+        check_paths(shown, expected()["paths by start"]["{:.2f},{:.2f}".format(*place)])
+    for key in ("ArrowLeft", "ArrowDown"):
+        shown.page.keyboard.press(key)
+    assert shown.start() == [0, 0]
+    CHECKS["paths"](shown)
+    assert shown.page.evaluate("scrollY") == pytest.approx(before, abs=2)  # rounding
+    tally("start of the paths: moved by the keyboard")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_figure_tells_its_state(kind, figure, tally):
+    shown = figure(kind)
+    output = shown.box.locator("output")
+    assert output.get_attribute("aria-live") == "polite"
+    assert shown.picture.get_attribute("aria-describedby") == output.get_attribute("id")
+    assert len(shown.picture.get_attribute("aria-label").split()) > 10
+    for slider in shown.box.locator("input").all():
+        name = slider.evaluate("(input) => input.labels[0].innerText")
+        assert name.strip().endswith(slider.get_attribute("aria-valuetext"))
+    tally("figures to move: told to who cannot see them")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [375, 768, 1280])
+def test_a_figure_fits_its_column(kind, width, figure, tally):
+    shown = figure(kind, viewport={"width": width, "height": 800})
+    outside = """
+        (box) => [...box.querySelectorAll("text")].filter((text) => {
+          const [inner, outer] = [text, box].map((element) => element.getBoundingClientRect());
+          return inner.left < outer.left - 1 || inner.right > outer.right + 1;
+        }).map((text) => text.textContent)"""
+    for name in [name for other, name in SLIDERS if other == kind]:
+        for key in ("Home", "End"):
+            shown.slider(name).press(key)
+            assert shown.box.evaluate(outside) == []
+            assert shown.page.evaluate(
+                "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+            )
+    sizes = shown.box.evaluate("""
+        (box) => {
+          const svg = box.querySelector("svg");
+          return [svg.getBoundingClientRect().width / svg.viewBox.baseVal.width,
+                  parseFloat(getComputedStyle(svg.querySelector("text")).fontSize)];
+        }""")
+    assert sizes[0] * sizes[1] >= 12, "words in the drawing are too small"
+    tally("figures to move × width: words inside, at 12 pixels or more")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_figure_prints_its_state_and_does_not_move_by_itself(kind, figure, tally):
+    shown = figure(kind, reduced_motion="no-preference")
+    name = next(name for other, name in SLIDERS if other == kind)
+    shown.slider(name).press("End")
+    look, said = shown.look(), shown.said()
+    assert shown.page.evaluate("document.getAnimations().length") == 0
+    shown.page.emulate_media(media="print")
+    assert shown.picture.is_visible()
+    assert (shown.look(), shown.said()) == (look, said)
+    tally("figures to move: print the state they are in")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_scripts_the_picture_stays(kind, address, visit, tally):
+    page = visit(f"{address}/{KINDS[kind]}", java_script_enabled=False)
+    box = page.locator(".explore").nth(kinds(KINDS[kind]).index(kind))
+    assert box.locator("img.only-light").is_visible()
+    assert box.locator("svg, input, output").count() == 0
+    assert box.inner_text().strip() == ""
+    tally("figures to move × address: pictures without scripts")
+
+
+def test_only_their_pages_load_the_script_which_is_small(tally):
+    script = SITE / "_static" / "explore.js"
+    for path in PAGES:
+        loaded = soup(path).select("script[src*='explore.js']")
+        assert len(loaded) == (path in KINDS.values()), path
+        data = sum(len(tag.get_text()) for tag in soup(path).select("script[data-explore]"))
+        assert script.stat().st_size + data < 150_000
+    assert [kind for path in sorted(set(KINDS.values())) for kind in kinds(path)] == list(KINDS)
+    tally("pages: load the script if they need it", len(PAGES))
