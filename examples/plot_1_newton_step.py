@@ -311,8 +311,9 @@ _ = explorable(fig, "valley", settings)
 #
 # Which matrix should :math:`C` be for a network? The first answer is the **Hessian**, all second
 # derivatives of the loss: :math:`H = \nabla^2 L(x)`. It drops nothing, so that :math:`q` agrees
-# with the loss to second order. It is positive semi-definite (no negative eigenvalues) only where
-# the loss is convex, and the loss of a network is not: the model may lie.
+# with the loss to second order. Where all its eigenvalues are at least 0, it is called positive
+# semi-definite. That it is so at one point says nothing of the points around it; a loss for which
+# it is so everywhere is convex. The loss of a network is not: the model may lie.
 #
 # A network small enough to look at the whole matrix: three layers with 113 parameters, for the
 # digits 0, 1 and 2 shrunk to 3 × 3 pixels, in double precision. All of its parameters form one
@@ -379,34 +380,46 @@ assert smallest < 0
 # Generalized Gauss-Newton
 # ------------------------
 #
-# The loss is a composition: parameters give outputs :math:`f(x)`, outputs give the loss
-# :math:`\ell(f)`. With the Jacobian :math:`J = \partial f / \partial x` and the Hessian
-# :math:`H_L = \nabla_f^2 \ell` of the loss alone, the chain rule, applied twice, gives
+# The loss is a composition: parameters give outputs :math:`z(x)`, outputs give the loss
+# :math:`\ell(z)`. With the Jacobian :math:`J = \partial z / \partial x` and the Hessian
+# :math:`H_L = \nabla_z^2 \ell` of the loss alone, the chain rule, applied twice, gives
 #
 # .. math::
 #
 #     \begin{aligned}
-#     \nabla L &= J^\top \nabla_f \ell, &
+#     \nabla L &= J^\top \nabla_z \ell, &
 #     H &= G + R, \\
 #     G &= J^\top H_L\, J, &
-#     R &= \sum_k \frac{\partial \ell}{\partial f_k} \nabla^2 f_k ,
+#     R &= \sum_k \frac{\partial \ell}{\partial z_k} \nabla^2 z_k ,
 #     \end{aligned}
 #
 # where :math:`k` counts the outputs of all images. The **generalized Gauss-Newton** matrix (GGN)
 # :math:`G` keeps the first term and drops the *residual* :math:`R`, the curvature of the network
 # itself. It is the exact Hessian for a network that is linear in its
-# parameters, and close to it where the outputs' gradients :math:`\partial \ell / \partial f_k` are
+# parameters, and close to it where the outputs' gradients :math:`\partial \ell / \partial z_k` are
 # small. It is positive semi-definite whenever the loss is convex in the *outputs*, as
 # cross-entropy and squared error are:
 # :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J v) \ge 0`.
 # `Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002)
 # <https://doi.org/10.1162/08997660260028683>`__, defines it for any such pair of network
 # and loss.
+#
+# Relatives of it go by other names. For losses that are a negative log-likelihood, as cross-entropy
+# is, and with the mean over the model's own predictions in place of the labels, the covariance of
+# the gradient is the **Fisher** matrix; for softmax and cross-entropy it equals the GGN
+# (`Martens, "New Insights and Perspectives on the Natural Gradient Method" (2020)
+# <https://arxiv.org/abs/1412.1193>`__). The **empirical Fisher** takes the labels
+# instead, sums the outer products of the gradients that training computes, and is in general
+# neither of the two (`Kunstner, Hennig and Balles, "Limitations of the Empirical Fisher
+# Approximation for Natural Gradient Descent" (2019) <https://arxiv.org/abs/1905.12558>`__).
+# K-FAC approximates each layer's block of the Fisher by a Kronecker product of two small matrices,
+# which can be stored and inverted, where this tutorial multiplies by the block itself.
 
 
 def loss_hessians(z):  # H_L of softmax and cross-entropy, per image
-    p = z.softmax(dim=1)
-    return (p.diag_embed() - p[:, :, None] * p[:, None, :]) / len(p)
+    share = z.softmax(dim=1)
+    outer = share[:, :, None] * share[:, None, :]
+    return (share.diag_embed() - outer) / len(z)
 
 
 # %%
@@ -420,6 +433,11 @@ print(f"the residual has {residual:.0%} of the Hessian's norm")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
 
+share = outputs(x_init).softmax(dim=1)  # the Fisher matrix has the same core:
+gradients = share[:, None] - torch.eye(3).double()  # of z, for each label
+fisher = torch.einsum("nc,nci,ncj->nij", share, gradients, gradients)
+torch.testing.assert_close(fisher / len(share), H_L)
+
 # %%
 # Positive-curvature Hessian
 # --------------------------
@@ -428,7 +446,8 @@ assert smallest > -1e-14
 # network, one image at a time. Let :math:`H_z` be the Hessian of the loss with respect to
 # :math:`z = W h + b`, the output of a linear layer, whose input :math:`h = \sigma(a)` is the
 # sigmoid of the output :math:`a` of the linear layer below. The chain rule, now for one layer,
-# gives :math:`H_a`, which then serves as the :math:`H_z` of the layer below:
+# gives :math:`H_a`, and as :math:`a` is the output of the layer below, :math:`H_a` serves as its
+# :math:`H_z`:
 #
 # .. math::
 #
@@ -436,6 +455,11 @@ assert smallest > -1e-14
 #     H_a = \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
 #         + \operatorname{diag}\bigl(\sigma''(a) \odot \delta\bigr), \qquad
 #     \delta = \frac{\partial L}{\partial h} .
+#
+# Such recursions are used by `Botev, Ritter and Barber, "Practical Gauss-Newton Optimisation for
+# Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__, and, for many kinds of layers, by
+# `Dangel, Harmeling and Hennig, "Modular Block-diagonal Curvature Approximations for Feedforward
+# Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.
 #
 # The recursion starts from the convex loss, with :math:`H_L`, and every term stays positive
 # semi-definite but one: :math:`r = \sigma''(a) \odot \delta`, this layer's part of the residual,
@@ -460,11 +484,18 @@ RESIDUALS = {
 # Block-diagonal
 # --------------
 #
-# The recursion never needs the whole matrix. It yields the second derivatives *within* a layer:
-# for the bias :math:`H_z`, for the weight :math:`H_z` times the products of two inputs :math:`h`,
-# both summed over the images. Here, a **block** is the square part of the matrix that belongs to
-# one parameter tensor, a weight or a bias. A block-diagonal curvature keeps these blocks and drops
-# everything between two tensors. Blocks of a positive semi-definite matrix are positive
+# The recursion never needs the whole matrix. It yields the second derivatives *within* a layer. As
+# :math:`z = W h + b`, a change of the bias is a change of :math:`z`, and a change of the entry
+# :math:`W_{ij}` changes :math:`z_i` by :math:`h_j` times as much. So for one image
+#
+# .. math::
+#
+#     \frac{\partial^2 L}{\partial b_i\, \partial b_k} = (H_z)_{ik}, \qquad
+#     \frac{\partial^2 L}{\partial W_{ij}\, \partial W_{kl}} = (H_z)_{ik}\, h_j h_l ,
+#
+# and both are summed over the images. Here, a **block** is the square part of the matrix that
+# belongs to one parameter tensor, a weight or a bias. A block-diagonal curvature keeps these blocks
+# and drops everything between two tensors. Blocks of a positive semi-definite matrix are positive
 # semi-definite: choose :math:`v` zero outside the block.
 
 
@@ -578,15 +609,17 @@ for n in sum(p.numel() for p in model.parameters()), 10**9:
 
 # %%
 # Nobody stores the second one. Yet solvers such as `conjugate gradients
-# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector, and that takes about
-# the memory of a few gradients. The Hessian is the Jacobian of the gradient and symmetric, so that
-# one more backward pass, through the gradient, gives :math:`H v`. That the product needs no matrix
-# is due to `Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994)
-# <https://doi.org/10.1162/neco.1994.6.1.147>`__, who differentiates forwards along :math:`v`.
-# The GGN's product is read off its definition from right to left: :math:`J v`, then :math:`H_L
-# (J v)`, then :math:`J^\top (H_L J v)`. PyTorch's ``vjp`` returns a function's value and the
-# product with its transposed Jacobian. As :math:`u \mapsto J^\top u` is linear with the matrix
-# :math:`J^\top`, a second ``vjp`` transposes it back to :math:`J`.
+# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector, and that takes the
+# memory of what a backward pass keeps, its graph and the activations, and a few vectors. The
+# Hessian is the Jacobian of the gradient and symmetric, so that one more backward pass, through the
+# gradient, gives :math:`H v`. That the product needs no matrix is due to `Pearlmutter, "Fast Exact
+# Multiplication by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__, who
+# differentiates forwards along :math:`v`. The GGN's product is read off its definition from right
+# to left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`. PyTorch's ``vjp``
+# returns a function's value and the product with its transposed Jacobian. As :math:`u \mapsto
+# J^\top u` is linear, its own Jacobian is the matrix :math:`J^\top`, at any :math:`u`; a second
+# ``vjp``, of that function, multiplies by the transpose of it, and that is :math:`J` (Jamie
+# Townsend, "A new trick for calculating Jacobian vector products", 2017).
 
 from functools import partial
 

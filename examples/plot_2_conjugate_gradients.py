@@ -67,14 +67,14 @@ def descend(A, b, steps, conjugate):
 # --------------------------------------
 #
 # After a step along :math:`p`, the model is as low as it gets in that
-# direction: the new residual has :math:`p^\top r = 0`. A later step along some
-# :math:`q` changes the residual by a multiple of :math:`A q`. It leaves the
-# earlier work intact exactly if
+# direction: the new residual has :math:`p^\top r = 0`. A later step along another
+# direction, :math:`p_+`, changes the residual by a multiple of :math:`A p_+`. It
+# leaves the earlier work intact exactly if
 #
-# .. math:: p^\top A q = 0.
+# .. math:: p^\top A p_+ = 0.
 #
 # Such directions are called conjugate, or A-orthogonal. For
-# :math:`q = r + \beta p` this is one equation with one unknown, solved by
+# :math:`p_+ = r + \beta p` this is one equation with one unknown, solved by
 #
 # .. math:: \beta = -\frac{r^\top A p}{p^\top A p},
 #
@@ -99,8 +99,8 @@ torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 #
 # The left figure shows both over the contours of the model, dashed where it is
 # negative. The right one shows the same in the coordinates
-# :math:`y = R^\top x` with :math:`A = R R^\top`, which turn the valley into a
-# round bowl: there, :math:`p^\top A q` is the ordinary inner product, so that
+# :math:`y = S^\top x` with :math:`A = S S^\top`, which turn the valley into a
+# round bowl: there, :math:`p^\top A p_+` is the ordinary inner product, so that
 # conjugate directions meet at a right angle.
 
 from matplotlib import pyplot as plt
@@ -118,9 +118,9 @@ def contours(ax, A, b, center, size):
 
 # %%
 
-R = torch.linalg.cholesky(A)
+S = torch.linalg.cholesky(A)
 views = {"x": (A, b, torch.eye(2).double())}
-views["y"] = torch.eye(2).double(), torch.linalg.solve(R, b), R
+views["y"] = torch.eye(2).double(), torch.linalg.solve(S, b), S
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
 for ax, (name, (A_view, b_view, T)) in zip(axes, views.items(), strict=True):
     contours(ax, A_view, b_view, solution @ T / 2, 0.9)
@@ -221,7 +221,7 @@ _ = explorable(fig, "paths", settings)
 # Does it work for more than two unknowns, where each direction is made
 # conjugate to the last one only? For a random system with twelve of them, take
 # all the steps and look at the cosines between them, in the inner product
-# :math:`p^\top A q`.
+# :math:`u^\top A v`.
 
 torch.manual_seed(0)
 n = 12
@@ -273,22 +273,50 @@ _ = describe(
 # Write :math:`r_k` and :math:`p_k` for the residuals and the directions. Three
 # observations make the method as cheap as it can be.
 #
-# - The residual need not be computed afresh: since
-#   :math:`x_{k+1} = x_k + \alpha_k p_k`, it is
-#   :math:`r_{k+1} = r_k - \alpha_k A p_k`. One product per step,
-#   :math:`A p_k`, does everything.
-# - Each residual is orthogonal to all earlier directions, where the model is
-#   already minimal, and so to all earlier residuals, which are combinations of
-#   these directions. Therefore
-#   :math:`p_k^\top r_k = (r_k + \beta p_{k-1})^\top r_k = r_k^\top r_k`,
-#   and :math:`\alpha_k = r_k^\top r_k / p_k^\top A p_k`.
-# - By the first point, :math:`A p_i` is a multiple of
-#   :math:`r_i - r_{i+1}`. So :math:`r_{k+1}^\top A p_i` vanishes by itself for
-#   all :math:`i < k`: the new residual is conjugate to these directions
-#   already, and only its part along :math:`p_k` must be removed, by
-#   :math:`\beta = r_{k+1}^\top r_{k+1} / r_k^\top r_k`. So the next direction
-#   is conjugate to all before it if those are conjugate to one another, which
-#   the second point takes for granted: the two hold in turns, step by step.
+# **The residual need not be computed afresh.** Since
+# :math:`x_{k+1} = x_k + \alpha_k p_k`, it is
+#
+# .. math:: r_{k+1} = r_k - \alpha_k A p_k .
+#
+# One product per step, :math:`A p_k`, does everything.
+#
+# **The step length needs no new inner product.** Suppose that the directions up
+# to :math:`p_k` are conjugate. Then no step spoils what an earlier one has done,
+# and :math:`r_{k+1}` is orthogonal to all of :math:`p_0, \ldots, p_k`. It is then
+# orthogonal to all earlier residuals, too, since each of them is a combination
+# of directions, :math:`r_i = p_i - \beta_{i-1}\, p_{i-1}`. One step earlier, the
+# same says that :math:`p_{k-1}^\top r_k = 0`, so that
+#
+# .. math::
+#
+#    p_k^\top r_k = (r_k + \beta_{k-1}\, p_{k-1})^\top r_k = r_k^\top r_k ,
+#    \qquad
+#    \alpha_k = \frac{r_k^\top r_k}{p_k^\top A p_k} .
+#
+# **One earlier direction is enough.** The next direction must be conjugate to
+# :math:`p_0, \ldots, p_k`. By the first observation, :math:`A p_i` is
+# :math:`(r_i - r_{i+1}) / \alpha_i`, a difference of two residuals. For
+# :math:`i < k`, by the second one, :math:`r_{k+1}` is orthogonal to both, so that
+# :math:`r_{k+1}^\top A p_i = 0`: nothing has to be done. Only :math:`p_k` is left,
+# where
+#
+# .. math::
+#
+#    r_{k+1}^\top A p_k
+#    = \frac{r_{k+1}^\top (r_k - r_{k+1})}{\alpha_k}
+#    = -\frac{r_{k+1}^\top r_{k+1}}{\alpha_k} , \qquad
+#    p_k^\top A p_k = \frac{r_k^\top r_k}{\alpha_k} .
+#
+# The quotient of the two, with a minus sign, is
+#
+# .. math::
+#
+#    \beta_k = -\frac{r_{k+1}^\top A p_k}{p_k^\top A p_k}
+#    = \frac{r_{k+1}^\top r_{k+1}}{r_k^\top r_k} .
+#
+# So :math:`p_{k+1}` is conjugate to all before it, if those are conjugate to one
+# another. The first direction has none before it; from there, each follows from
+# the last.
 #
 # This is the whole method. It remembers four vectors, however many steps it
 # takes: ``x``, ``r``, ``p`` and ``Ap``.
@@ -313,6 +341,7 @@ def textbook_cg(A, b, steps):
 # the number :math:`r^\top r`.
 
 import inspect
+import math
 
 from cgn_tutorial import cgn
 
@@ -347,8 +376,10 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # Nobody waits for as many steps as there are unknowns: a network has millions.
 # How fast does the error shrink on the way? After :math:`k` steps, the residual
 # is orthogonal to all :math:`k` directions, so that the iterate minimises the
-# model over their combinations, which are those of
-# :math:`b, A b, \ldots, A^{k-1} b`. It also minimises the error
+# model over their combinations. These are the combinations of
+# :math:`b, A b, \ldots, A^{k-1} b`: the first direction is :math:`b`, and each
+# step makes the next residual, and from it the next direction, from what is
+# there already and one more product, :math:`A p_k`. The iterate also minimises the error
 # :math:`e = x_k - x` in the norm :math:`\lVert e \rVert_A = \sqrt{e^\top A e}`,
 # since :math:`\phi(x_k) - \phi(x) = \tfrac{1}{2} \lVert x_k - x \rVert_A^2`;
 # here :math:`x` is the solution. A classical bound needs only
@@ -416,20 +447,47 @@ _ = describe(
 # They stay below it; for a condition number of 1000 the curve bends away, for
 # the bound knows the two ends of the spectrum only. A :math:`\kappa` a hundred
 # times as large takes about nine times the products. The error shrinks at
-# every step, because CG minimises it. It cannot be seen in practice, where
-# the solution is unknown; the residual can, and it follows at the same rate.
+# every step, because CG minimises it. In practice
+# the solution is unknown, and what is seen is the residual. Relative to the
+# start, it lies within a factor :math:`\sqrt{\kappa}` of the error in the A-norm,
+# above or below, and in between it may go its own way.
+#
+# The error can be estimated, though. A step lowers the squared error by
+# :math:`\alpha_k \lVert r_k \rVert^2`, numbers that the method has at hand, so that
+# the sum of the last few is what the error was before them, less what it is
+# now (Strakoš and Tichý, `On error estimation in the conjugate gradient method
+# <https://etna.math.kent.edu/vol.13.2002/pp56-80.dir/pp56-80.pdf>`__, 2002). How
+# much of the error, in its norm, does a sum over five steps see?
+
+for kappa in (10, 100, 1000):
+    error, residual = errors(torch.linspace(1, kappa, 3000).double(), 250)
+    error, residual = error[error > 1e-8], residual[: (error > 1e-8).sum()]
+    assert residual.div(error).log().abs().max() < 0.5 * math.log(kappa)
+    seen = (1 - (error[5:] / error[:-5]) ** 2).sqrt()
+    print(f"κ = {kappa:4d}: {seen.min():.0%} to {seen.max():.0%} of the error")
+    assert seen.min() > 0.3 and seen.max() < 1
+
+# %%
+# A part that says how large the error is, five steps late.
 #
 # Clustered eigenvalues
 # ---------------------
 #
-# Is the condition number the whole story? For a diagonal matrix and a ``b`` of
-# ones, the entries of the residual :math:`r_k` are the values
-# :math:`q_k(\mu_i)` of one polynomial of degree :math:`k` at the eigenvalues
-# :math:`\mu_i`, with :math:`q_k(0) = 1`, because :math:`r_k = b - A x_k`, and
-# :math:`x_k` is a combination of :math:`b, \ldots, A^{k-1} b`. CG finds the
-# polynomial with the smallest :math:`\sum_i q_k(\mu_i)^2 / \mu_i`, whatever it
-# does elsewhere. Clusters make that easy: one zero in each
-# will do.
+# Is the condition number the whole story? Look at the residual as a polynomial.
+#
+# - :math:`x_k` is a combination of :math:`b, A b, \ldots, A^{k-1} b`. So
+#   :math:`r_k = b - A x_k` is a polynomial in :math:`A` of degree :math:`k`, times
+#   :math:`b`, and its constant term is 1: call it :math:`\pi_k`, with
+#   :math:`\pi_k(0) = 1`.
+# - For a diagonal matrix, a polynomial of :math:`A` has its values at the
+#   eigenvalues :math:`\mu_i` on the diagonal. If ``b`` is all ones, the entries of
+#   :math:`r_k` are the numbers :math:`\pi_k(\mu_i)`.
+# - The error is :math:`A^{-1} r_k`, up to its sign, and its squared A-norm is
+#   :math:`r_k^\top A^{-1} r_k = \sum_i \pi_k(\mu_i)^2 / \mu_i`.
+# - CG makes that the smallest, over all polynomials of degree :math:`k` that are 1
+#   at 0. Between the eigenvalues, their values do not count.
+#
+# Clusters make that easy: one zero in each will do.
 #
 # To see the polynomials between the clusters too, add eigenvalues on a grid,
 # with entries of ``b`` so tiny that they watch without taking part.
@@ -534,8 +592,12 @@ _ = describe(
 # %%
 # After 60 products, the thin line, neither is done: rounding spoils the
 # conjugacy to directions long past, and CG has to repeat itself. It gets there
-# later, but not below a floor of a few roundings, while the residual of the
-# recurrence goes on falling. ``cg`` stops by the latter, so that tolerances
+# later, but not below a floor, while the residual of the recurrence goes on
+# falling. (Rounding errors of the size of :math:`\lVert A \rVert \lVert x_k
+# \rVert` times the format's precision collect there, so that the floor rises with
+# the largest iterate on the way: Greenbaum, `Estimating the Attainable Accuracy of
+# Recursively Computed Residual Methods <https://doi.org/10.1137/S0895479895284944>`__,
+# 1997.) ``cg`` stops by the latter, so that tolerances
 # near the rounding of the format, 1e-7 in float32, promise too much. Above one
 # hundredth the two residuals agree to a percent, so that the tolerance of
 # training, 0.1, means what it says.
@@ -601,8 +663,11 @@ _ = describe(
 # %%
 # The iterates are those of the rescaled system, as the last lines of the code
 # check. The thin line is the tolerance, which is about :math:`b - A x` in both
-# solves. For a network the diagonal of :math:`A` is not at hand and would have
-# to be estimated; the tutorial goes without ``M``, and relies on damping.
+# solves. For a network, BackPACK computes the diagonal of the GGN, at a
+# price that the `benchmarks <../benchmarks.html#what-else-was-tried>`__ hold against
+# the products it saves; preconditioners that cost less are due to Martens (2010)
+# and to Chapelle and Erhan, "Improved Preconditioner for Hessian Free Optimization"
+# (2011). The tutorial goes without ``M``, and relies on damping.
 #
 # Damping
 # -------
@@ -700,7 +765,9 @@ _ = describe(
 # ------------
 #
 # A step is taken on a model that is only local, of a loss on one mini-batch.
-# It need not be exact. ``cg`` ends as soon as
+# It need not be exact: Dembo, Eisenstat and Steihaug, `Inexact Newton Methods
+# <https://doi.org/10.1137/0719025>`__ (1982), show how loose a solve may be for
+# Newton's method to converge all the same. ``cg`` ends as soon as
 #
 # .. math::
 #
@@ -844,14 +911,16 @@ _ = describe(
 )
 
 # %%
-# The remedy is Steihaug's, `The Conjugate Gradient Method and Trust Regions in
-# Large Scale Optimization (1983) <https://doi.org/10.1137/0720042>`__: stop
+# The remedy is due to Dembo and Steihaug, `Truncated-Newton algorithms for
+# large-scale unconstrained optimization (1983)
+# <https://doi.org/10.1007/BF02592055>`__: stop
 # at the first direction with :math:`p^\top A p \le 0`. Up to there all
 # curvatures are positive, so that by the sum above :math:`b^\top x_k > 0`: the
 # iterate points downhill. If it is the very first direction, there is no
 # iterate yet, and ``cg`` returns :math:`b = -g`, a step of gradient descent.
-# (Steihaug, who bounds the length of the step, follows the direction to that
-# bound.)
+# (Steihaug, `The Conjugate Gradient Method and Trust Regions in Large Scale
+# Optimization (1983) <https://doi.org/10.1137/0720042>`__, bounds the length of
+# the step, and follows the direction to that bound.)
 #
 # Does it matter for the network? Here is the Hessian of its first layer, with
 # the tutorial's damping and tolerance, solved in both ways.

@@ -115,25 +115,25 @@ for label, model in attempts.items():
 # - That result is linear in :math:`u`. Its derivative by :math:`u`,
 #   transposed, is multiplication with :math:`J`: another backward pass,
 #   through that graph, gives :math:`J p`.
-# - The outputs' gradient :math:`s = \nabla_z \ell` has the Jacobian
+# - The outputs' gradient :math:`g_z = \nabla_z \ell` has the Jacobian
 #   :math:`H_L` with respect to :math:`z`, so :math:`H_L J` with respect to the
-#   parameters: a backward pass from :math:`s` gives
-#   :math:`(H_L J)^\top J p = G p`.
+#   parameters: a backward pass from :math:`g_z` gives
+#   :math:`(H_L J)^\top J p = J^\top H_L\, J p = G p`, as :math:`H_L` is symmetric.
 #
-# The first of them happens only once, at :math:`u = s`, where it is the
+# The first of them happens only once, at :math:`u = g_z`, where it is the
 # gradient. In code, for a block of one parameter :math:`x`:
 
 from torch.autograd import grad
 
 
 def ggn_product(loss, z, x):
-    (s,) = grad(loss, z, create_graph=True)
-    u = s.detach().requires_grad_()
+    (g_z,) = grad(loss, z, create_graph=True)
+    u = g_z.detach().requires_grad_()
     (Jt_u,) = grad(z, x, u, create_graph=True)
 
     def product(p):
         (Jp,) = grad(Jt_u, u, p, retain_graph=True)
-        (Gp,) = grad(s, x, Jp, retain_graph=True)
+        (Gp,) = grad(g_z, x, Jp, retain_graph=True)
         return Gp
 
     return product
@@ -403,10 +403,11 @@ def dense_step(model):
     parameters = dict(model.named_parameters())
     J = jacrev(lambda x: functional_call(model, x, (small,)))(parameters)
     J = torch.cat([J_i.flatten(2) for J_i in J.values()], dim=2)
-    q = model(small).softmax(dim=1)
-    H_L = (q.diag_embed() - q[:, :, None] * q[:, None, :]) / len(q)
+    share = model(small).softmax(dim=1)
+    outer = share[:, :, None] * share[:, None, :]
+    H_L = (share.diag_embed() - outer) / len(share)
     G = J.flatten(0, 1).T @ (H_L @ J).flatten(0, 1)
-    errors = (q - nn.functional.one_hot(labels, 10)) / len(q)
+    errors = (share - nn.functional.one_hot(labels, 10)) / len(share)
     g = torch.einsum("nk,nki->i", errors, J)
     G.diagonal().add_(LAM)
     L = torch.linalg.cholesky(G)

@@ -1,6 +1,7 @@
 """What README shows runs. What the site's pages show runs while it is built."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -12,3 +13,33 @@ def test_readmes_code_runs():
     exec(code, names)
     assert names["step"] == 2
     assert len(names["optimizer"].solves) == 8
+
+
+def symbols(text):
+    """The letters of all formulas, Latin and Greek, without indices and words."""
+    formulas = re.findall(r":math:`(.+?)`", text, re.DOTALL)
+    formulas += re.findall(r"\.\. math::(.*?)\n(?:# ?)?(?=[^\s#])", text, re.DOTALL)
+    found = set()
+    for formula in formulas:
+        bare = re.sub(r"\\(?:mathrm|operatorname|text|begin|end)\{.*?\}", " ", formula)
+        bare = re.sub(r"_\{.*?\}|_\\?\w+|\^\\?\w+|\^\{.*?\}", " ", bare)
+        found |= set(re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", bare))
+        found |= set(GREEK.findall(bare))
+    return found
+
+
+GREEK = re.compile(
+    r"\\(alpha|beta|gamma|delta|kappa|lambda|mu|rho|sigma|theta|ell|phi|pi|varepsilon)\b"
+)
+#: What counts something, or is a sign of mathematics.
+INDICES = set("ijklt") | {"I"}
+
+
+def test_notation_has_every_symbol_of_two_pages():
+    pages = [symbols(path.read_text("utf-8")) for path in sorted(ROOT.glob("examples/plot_*.py"))]
+    assert {"alpha", "kappa", "J", "v"} <= set.union(*pages)  # it reads formulas
+    assert symbols("# .. math::\n#\n#    a = \\beta\n#\n# B") == {"a", "beta"}  # on lines, too
+    uses = Counter(symbol for page in pages for symbol in page)
+    several = {symbol for symbol, count in uses.items() if count > 1}
+    explained = symbols((ROOT / "docs" / "notation.rst").read_text("utf-8"))
+    assert several - INDICES - explained == set()
