@@ -43,3 +43,15 @@ def test_notation_has_every_symbol_of_two_pages():
     several = {symbol for symbol, count in uses.items() if count > 1}
     explained = symbols((ROOT / "docs" / "notation.rst").read_text("utf-8"))
     assert several - INDICES - explained == set()
+
+
+def test_the_front_page_marks_what_differs_from_sgd():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (marked,) = re.findall(r":emphasize-lines: (.+)", (ROOT / "docs" / "index.rst").read_text())
+    numbers = set()
+    for part in marked.split(","):
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    lines = enumerate(code.splitlines(), start=1)
+    ours = {n for n, line in lines if re.search("extend|backpack|cgn|CGN|GGN", line)}
+    assert numbers == ours
