@@ -117,7 +117,7 @@ def test_the_pages_runs_are_those_of_the_files(method):
     setting = page_settings()[method]
     k = finalists(FOUND, "batch 64", quick=False).index(setting)
     kept = [first(FOUND[f"race batch 64 {seed}"][k]["tests"], 0.9)[0] for seed in SEEDS]
-    (run,) = race([setting], 0, goal=0.9, seconds=20.0)
+    (run,) = race([setting], 0, goal=0.9, steps=200)
     assert (
         min(kept) / 1.5 <= run.reached(0.9).steps <= 1.5 * max(kept)
     )  # rounding moves it a little
