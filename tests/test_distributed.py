@@ -7,14 +7,16 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,7 +27,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers
+from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers, train_parallel
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
@@ -150,8 +152,9 @@ class Training:
     """A model, its share of the batch, and an optimizer; without a group, all of the batch."""
 
     def __init__(
-        self, case: Case = Case(), group: Any = None, *, grouped: bool = True, **options: Any
+        self, case: Case | None = None, group: Any = None, *, grouped: bool = True, **options: Any
     ) -> None:
+        case = case or Case()
         self.model: Any = network().to(case.dtype)
         self.loss_function: nn.Module = nn.CrossEntropyLoss()
         if case.products == "BackPACK":
@@ -242,7 +245,7 @@ WAYS += [
 
 
 def trainings(i: int, groups: dict[int, Any]) -> dict[tuple[Case, int], list[list[Tensor]]]:
-    """The parameters after the first and the last step, of each way that this process is part of."""
+    """The parameters after the first and the last step, of each way with this process."""
     results = {}
     for case, processes in WAYS:
         if i < processes:
@@ -274,7 +277,7 @@ def messages(i: int, groups: dict[int, Any]) -> dict[str, Any]:
     """The collectives of a step, and the products it took."""
     found = {}
     for case in (Case(), Case(replicated=True)):
-        training = Training(case, groups[2])
+        training = Training(case, groups[2], tol=1e-3)
         training.train(1)
         training.backward()
         with counted_collectives() as calls:
@@ -422,6 +425,27 @@ def frozen_parameter(training: Training, faulty: bool) -> Callable[[], object]:
     return training.step
 
 
+def unequal_sizes_under_ddp(training: Training, faulty: bool) -> Callable[[], object]:
+    if faulty:
+        training.inputs, training.targets = training.inputs[:9], training.targets[:9]
+    training.evaluated = replica(training)
+    training.backward()
+    return training.step
+
+
+def no_group_under_ddp(training: Training, faulty: bool) -> Callable[[], object]:
+    training.evaluated = replica(training)
+    training.optimizer.process_group = None
+    training.backward()
+    return training.step
+
+
+def replica(training: Training) -> nn.Module:
+    """The model under DistributedDataParallel."""
+    group = training.optimizer.process_group
+    return DistributedDataParallel(training.model, process_group=group)
+
+
 def lopsided_product(training: Training, faulty: bool) -> Callable[[], object]:
     training.backward()
     if faulty:
@@ -459,6 +483,15 @@ FAULTS = {
     other_damping: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
     other_max_length: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
     frozen_parameter: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
+    unequal_sizes_under_ddp: (
+        "ValueError",
+        r"batches of \[12, 9\] samples, but gradients that are",
+    ),
+    no_group_under_ddp: (
+        "RuntimeError",
+        r"torch\.distributed runs 4: each would solve with the curvature of its own .*drift apart"
+        r".*process_group=torch\.distributed\.group\.WORLD",
+    ),
     lopsided_product: (("RuntimeError", "is not symmetric"),) * 2,
     missing_product_to_check: (THE_OTHER, ("RuntimeError", "no curvature product")),
 }
@@ -490,14 +523,251 @@ def test_a_fault_in_one_process_raises_in_all_and_moves_nothing(results, fault):
         assert not after.error, after
 
 
+def adaptive_faults(i: int, groups: dict[int, Any]) -> dict[str, Any]:
+    """What comes of a loss that one process cannot compute, or not as a number."""
+    found = {}
+    for name, evaluate in (("broken", broken), ("NaN", lambda: float("nan"))):
+        training = Training(CASES[-2], groups[2])
+        step = training.adaptive.step
+        loss = training.backward()
+        mine = evaluate if i == 1 else training.evaluate
+        tried = outcome(training.model, partial(step, loss, mine, batch_size=12))
+        found[name] = tried, training.train(2), training.optimizer.param_groups[0]["damping"]
+    return found
+
+
+def test_a_loss_that_one_process_cannot_compute_raises_in_all(results):
+    (first, *after), (second, *after_too) = (
+        found["broken"] for found in results["adaptive_faults"][:2]
+    )
+    assert "could not be computed in another process" in first.message
+    assert (second.error, second.message) == ("ArithmeticError", "broken")
+    assert first.moved
+    assert second.moved  # in step with each other: what follows is the same in both
+    assert all(map(torch.equal, after[0], after_too[0]))
+    assert after[1] == after_too[1]
+
+
+def test_a_loss_that_is_nan_in_one_process_takes_the_step_back_in_all(results):
+    first, second = (found["NaN"] for found in results["adaptive_faults"][:2])
+    assert first[0] == second[0] == Outcome("", "", False)
+    assert all(map(torch.equal, first[1], second[1]))
+    assert first[2] == second[2]
+
+
+# What else a group has to get along with.
+
+
+def company(i: int, groups: dict[Any, Any]) -> dict[str, Any]:
+    """Copies, checkpoints, checks of products, gradients not yet averaged, other processes."""
+    group = groups[2]
+    training = Training(Case(), group)
+    training.backward()
+    with torch.random.fork_rng():
+        largest = training.optimizer.check_products(positive=True)
+    training.step()
+    clone, kept = copy.deepcopy(training.optimizer), pickle.dumps(training.optimizer)
+    unpickled = pickle.loads(kept)
+
+    waiting = Training(Case(replicated=True), group)
+    with waiting.evaluated.no_sync():
+        waiting.backward()
+    waiting.step()
+    return {
+        "asymmetry": largest,
+        "deepcopy": clone.process_group is group,
+        "pickle": unpickled.process_group,
+        "unpickled": outcome(training.model, unpickled.step),
+        "state": training.optimizer.state_dict(),
+        "no_sync": waiting.parameters(),
+        "stranger": outcome(
+            training.model, lambda: setattr(training.optimizer, "process_group", groups["others"])
+        ),
+    }
+
+
+def test_products_are_checked_together(results):
+    first, second = (found["asymmetry"] for found in results["company"][:2])
+    assert first == second < 1e-12
+
+
+def test_a_copy_keeps_the_group_and_a_pickle_loses_it_but_does_not_step_without(results):
+    for found in results["company"][:2]:
+        assert found["deepcopy"]
+        assert found["pickle"] is None
+        assert "torch.distributed runs 4" in found["unpickled"].message
+        assert not found["unpickled"].moved
+
+
+def test_the_state_dict_is_that_of_one_process(results):
+    alone = Training()
+    alone.train(1)
+    for found in results["company"][:2]:
+        assert found["state"] == alone.optimizer.state_dict()
+
+
+def test_gradients_that_ddp_has_not_averaged_are_averaged(results):
+    expected = Training().train(1)
+    for found in results["company"][:2]:
+        torch.testing.assert_close(found["no_sync"], expected, rtol=0.0, atol=1e-12)
+
+
+def test_a_group_of_others_is_refused(results):
+    for found in results["company"][:2]:
+        assert found["stranger"].error == "TypeError"
+        assert "a group that this process belongs to" in found["stranger"].message
+
+
+@pytest.mark.parametrize("group", [0, "world", [0, 1]])
+def test_a_group_is_a_process_group(group):
+    with pytest.raises(TypeError, match="process_group must be None or a group"):
+        Training(process_group=group, grouped=False)
+
+
+def test_one_process_never_asks_torch_distributed_for_anything_but_whether_it_runs(monkeypatch):
+    allowed = {"is_available", "is_initialized", "ProcessGroup"}
+    asked = set()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            return getattr(distributed, name)
+
+    monkeypatch.setattr(torch, "distributed", Watched())
+    training = Training()
+    training.train(2)
+    training.backward()
+    training.optimizer.check_products()
+    assert asked <= allowed
+
+
+# Processes that die.
+
+TIMEOUT = 5.0
+
+
+def death(i: int, how: signal.Signals, last: int) -> tuple[Outcome, float]:
+    """A step in which the last process is lost, within its second product."""
+    training = Training()
+    training.optimizer.process_group = distributed.group.WORLD
+    training.train(2)
+    training.backward()
+    products = 0
+
+    def fatal(product: Callable) -> Callable:
+        def wrapped(v: Tensor) -> Tensor:
+            nonlocal products
+            products += 1
+            if products == 2 and i == last:
+                os.kill(os.getpid(), how)
+            return product(v)
+
+        return wrapped
+
+    replace_product(training, fatal)
+    start = time.monotonic()
+    found = outcome(training.model, training.step)
+    return found, time.monotonic() - start
+
+
+@pytest.mark.skipif(os.name != "posix", reason="stops a process by a signal")
+@pytest.mark.parametrize(("how", "processes"), [("SIGKILL", 3), ("SIGSTOP", 2)])
+def test_the_loss_of_a_process_raises_in_the_others_within_the_timeout(how, processes, tmp_path):
+    """One is killed, or stands still, which only the timeout can tell."""
+    last = processes - 1
+    lose = partial(death, how=signal.Signals[how], last=last)
+    results = run(lose, tmp_path, processes, seconds=60, timeout=TIMEOUT, lost=last)
+    for found, seconds in results[:last]:
+        assert found.error == "ConnectionError", found
+        assert "Another process does not answer" in found.message
+        assert "start all of them again from a checkpoint" in found.message
+        assert not found.moved
+        assert seconds < (2 if how == "SIGKILL" else TIMEOUT + 2)
+
+
+# The script to download, started by torchrun.
+
+SCRIPT = Path(train_parallel.__file__)
+WATCHED = f"""
+import os, pathlib, runpy
+pathlib.Path("process" + os.environ["RANK"]).write_text(str(os.getpid()))
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def torchrun(folder: Path, checkpoint: str, kill_at: str = "") -> list[str]:
+    """What two processes print; the second is killed once the first has printed `kill_at`."""
+    (folder / "watched.py").write_text(WATCHED)
+    options = "--standalone --local-addr 127.0.0.1 --nproc-per-node 2 --max-restarts 1".split()
+    training = ["--steps", "12", "--batch-size", "64", "--checkpoint", checkpoint]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "watched.py", *training]
+    lines = []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as agent:
+        watchdog = threading.Timer(120, agent.kill)
+        watchdog.start()
+        for line in agent.stdout:
+            lines.append(line.strip())
+            if kill_at and line.startswith(kill_at):
+                os.kill(int((folder / "process1").read_text()), signal.SIGKILL)
+                kill_at = ""
+    watchdog.cancel()
+    assert agent.returncode == 0
+    return lines
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process by a signal")
+def test_a_killed_process_is_started_again_and_training_ends_as_if_nothing_had_been(tmp_path):
+    steps = torchrun(tmp_path, "whole.pt")
+    assert [line.split(":")[0] for line in steps] == [f"step {i:3}" for i in range(12)]
+    lines = torchrun(tmp_path, "killed.pt", kill_at="step   3")
+    (resumed,) = [line for line in lines if line.startswith("goes on from step")]
+    first = int(resumed.split()[-1])
+    assert 4 <= first < 12
+    assert lines[lines.index(resumed) + 1 :] == steps[first:]
+    whole, killed = (torch.load(tmp_path / name) for name in ("whole.pt", "killed.pt"))
+    assert whole["losses"] == killed["losses"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, killed["model"][name])
+
+
+@pytest.mark.gpu
+def test_nccl_steps_as_without_it_in_a_group_of_one(tmp_path):
+    """One GPU can hold no more than one process: what NCCL does between two is not tested."""
+    if not distributed.is_nccl_available():
+        pytest.skip("torch comes without NCCL")
+    distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        parameters = []
+        for group in (distributed.group.WORLD, None):
+            training = Training(Case(options=(("warm_start", 0.9),)), None)
+            training.model.cuda()
+            training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
+            training.optimizer.process_group = group
+            with counted_collectives() as calls:
+                parameters.append(training.train(STEPS))
+            assert bool(calls) == bool(group)
+            adaptive = LevenbergMarquardt(training.optimizer)
+            adaptive.step(training.backward(), training.evaluate, batch_size=24)
+            parameters[-1] += training.parameters()
+        assert all(map(torch.equal, *parameters))
+    finally:
+        distributed.destroy_process_group()
+
+
 # Everything in one set of processes, since each takes seconds to start.
 
-PARTS = [trainings, messages, faults]
+PARTS = [trainings, messages, faults, adaptive_faults, company]
 
 
 def everything(i: int) -> dict[str, Any]:
     """What each part found in this process."""
-    groups = {n: distributed.new_group(list(range(n))) for n in (1, 2, 4)}
+    groups: dict[Any, Any] = {n: distributed.new_group(list(range(n))) for n in (1, 2, 4)}
+    groups["others"] = distributed.new_group([2, 3])
     found = {"trainings": trainings(i, groups)}
     if i < 2:
         found |= {part.__name__: part(i, groups) for part in PARTS if part is not trainings}
