@@ -569,6 +569,10 @@ def company(i: int, groups: dict[Any, Any]) -> dict[str, Any]:
     clone, kept = copy.deepcopy(training.optimizer), pickle.dumps(training.optimizer)
     unpickled = pickle.loads(kept)
 
+    loaded = Training(Case(), group)
+    loaded.model.load_state_dict(training.model.state_dict())
+    loaded.optimizer.load_state_dict(training.optimizer.state_dict())
+
     waiting = Training(Case(replicated=True), group)
     with waiting.evaluated.no_sync():
         waiting.backward()
@@ -579,6 +583,7 @@ def company(i: int, groups: dict[Any, Any]) -> dict[str, Any]:
         "pickle": unpickled.process_group,
         "unpickled": outcome(training.model, unpickled.step),
         "state": training.optimizer.state_dict(),
+        "loaded": loaded.train(1),
         "no_sync": waiting.parameters(),
         "stranger": outcome(
             training.model, lambda: setattr(training.optimizer, "process_group", groups["others"])
@@ -604,6 +609,12 @@ def test_the_state_dict_is_that_of_one_process(results):
     alone.train(1)
     for found in results["company"][:2]:
         assert found["state"] == alone.optimizer.state_dict()
+
+
+def test_a_checkpoint_goes_on_in_a_group(results):
+    expected = Training().train(2)
+    for found in results["company"][:2]:
+        torch.testing.assert_close(found["loaded"], expected, rtol=0.0, atol=1e-12)
 
 
 def test_gradients_that_ddp_has_not_averaged_are_averaged(results):
@@ -698,22 +709,35 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 def torchrun(folder: Path, checkpoint: str, kill_at: str = "") -> list[str]:
     """What two processes print; the second is killed once the first has printed `kill_at`."""
     (folder / "watched.py").write_text(WATCHED)
-    options = "--standalone --local-addr 127.0.0.1 --nproc-per-node 2 --max-restarts 1".split()
+    options = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=1"]
     training = ["--steps", "12", "--batch-size", "64", "--checkpoint", checkpoint]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "watched.py", *training]
     lines = []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see the script
+    }
     with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as agent:
-        watchdog = threading.Timer(120, agent.kill)
+
+        def kill_all() -> None:
+            for path in folder.glob("process*"):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+            agent.kill()
+
+        watchdog = threading.Timer(150, kill_all)
         watchdog.start()
         for line in agent.stdout:
             lines.append(line.strip())
             if kill_at and line.startswith(kill_at):
                 os.kill(int((folder / "process1").read_text()), signal.SIGKILL)
                 kill_at = ""
-    watchdog.cancel()
+        watchdog.cancel()
     assert agent.returncode == 0
     return lines
 

@@ -300,6 +300,7 @@ class _Block:
 
 _HOW_IT_WENT = [field.name for field in fields(Solve)]
 _SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")  # must agree within a block
+_ALL_OPTIONS = ("lr", "damping", "weight_decay", "warm_start", *_SOLVE_OPTIONS)  # and processes
 
 
 class CGNOptimizer(Optimizer):
@@ -668,7 +669,7 @@ class CGNOptimizer(Optimizer):
         text = [f"{self.max_length}"]
         for block in blocks:
             for name, p, group in zip(block.names, block.parameters, block.groups, strict=True):
-                values = [f"{option} {group[option]}" for option in self.defaults]
+                values = [f"{group[option]}" for option in _ALL_OPTIONS]
                 text += [name, f"{p.shape} {p.dtype} {p in self.state} of {block.names}", *values]
         parameters = [p for block in blocks for p in block.parameters]
         starts = [self.state[p]["v"] for p in parameters if p in self.state]

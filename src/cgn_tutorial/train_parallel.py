@@ -1,16 +1,20 @@
-"""Train the tutorial's network in several processes, on one machine or on many.
+r"""Train the tutorial's network in several processes, on one machine or on many.
 
 On one machine, with as many processes as it has GPUs, or parts of its cores:
 
     torchrun --standalone --nproc-per-node 2 train_parallel.py
 
-On several, the same command on each, where `node0` is the name of any of them:
+On several, the same command on each, where `node0` is the name of one of them, and `/shared` a
+folder that all of them see:
 
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500 \
         --max-restarts 3 train_parallel.py --checkpoint /shared/checkpoint.pt
 
-With `--max-restarts`, torchrun starts all processes again when one dies, and they go on from the
-checkpoint, which all of them must see. It takes `--help` as well.
+Where a process dies, the others raise an error, torchrun starts all of them again, and they go on
+from the checkpoint. (The variable keeps them from looking for each other at the addresses of
+before, which torchrun would otherwise pass on.) A machine that cannot resolve its own name needs
+`--local-addr 127.0.0.1` in the first command.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cgn_tutorial import GGN, CGNOptimizer, layers, load_mnist, make_model
 
-OPTIONS: dict[str, Any] = {"lr": 0.2, "damping": 2e-3, "maxiter": 10}
+OPTIONS: dict[str, Any] = {"lr": 0.15, "damping": 2e-3, "maxiter": 10, "tol": 0.3}
 
 
 def batch_of(step: int, batch_size: int, seed: int = 0) -> Tensor:
