@@ -783,6 +783,22 @@ def test_nccl_steps_as_without_it_in_a_group_of_one(tmp_path):
         distributed.destroy_process_group()
 
 
+# The page of mistakes.
+
+MISUSE = Path(__file__).parents[1] / "docs" / "misuse.rst"
+
+
+def test_the_page_of_mistakes_names_each_fault_and_tests_that_exist():
+    section = MISUSE.read_text(encoding="utf-8").partition("In several processes\n---")[2]
+    rows = re.findall(r"^   \* - (.+)\n     - (.+)\n     - (.+)$", section, re.MULTILINE)[1:]
+    named = [name for *_, check in rows for name in re.findall("`(.+?)`", check)]
+    pages = {name for name in named if name.startswith("auto_examples/")}
+    assert {name for name in named if name.startswith("test_")} <= globals().keys()
+    faults = {name for name in named if not name.startswith("test_")} - pages
+    assert faults == {fault.__name__ for fault in FAULTS}
+    assert all((MISUSE.parents[1] / f"{page.replace('auto_', '')}.py").exists() for page in pages)
+
+
 # Everything in one set of processes, since each takes seconds to start.
 
 PARTS = [trainings, messages, faults, adaptive_faults, company]

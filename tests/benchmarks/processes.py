@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from measuring import MB, Row, linear_fit, summary
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 from cgn_tutorial import GGN, CGNOptimizer, layers, load_mnist, make_model
@@ -68,11 +70,8 @@ def counted() -> Iterator[list[int]]:
         sizes.append(tensor.numel() * tensor.element_size())
         return all_reduce(tensor, **options)
 
-    distributed.all_reduce = counting
-    try:
+    with mock.patch.object(distributed, "all_reduce", counting):
         yield sizes
-    finally:
-        distributed.all_reduce = all_reduce
 
 
 def _measure(i: int, rounds: int, folder: str) -> None:
@@ -117,7 +116,8 @@ def _measure(i: int, rounds: int, folder: str) -> None:
 def bench_processes(quick: bool) -> tuple[list[Row], list[Row], Figure]:
     """A step in 1, 2 and 4 processes, and what it would take on a cluster."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_measure, (2 if quick else 15, folder), nprocs=max(PROCESSES))
+        arguments = (2 if quick else 15, folder)
+        spawn(_measure, arguments, nprocs=max(PROCESSES))
         found, sizes = torch.load(Path(folder) / "found")
     table: list[Row] = [
         {
@@ -146,6 +146,7 @@ def bench_processes(quick: bool) -> tuple[list[Row], list[Row], Figure]:
         for (label, (latency, bandwidth)), color, line in styles:
             seconds = ideal + 2 * k * latency * (P - 1) + ring(P) * volume / bandwidth
             best = int(seconds.argmin())
+            root = math.sqrt((grown * work - 2 * volume / bandwidth) / (2 * k * latency))
             ax.loglog(P, seconds, color=COLORS[color], linestyle=line, label=label)
             ax.plot(P[best], seconds[best], "o", color=COLORS[color])
             scaling.append(
@@ -157,7 +158,7 @@ def bench_processes(quick: bool) -> tuple[list[Row], list[Row], Figure]:
                     "all-reduces k": str(k),
                     "MB averaged": f"{volume / MB:.2f}",
                     "best number of processes": str(P[best]),
-                    "by the root": f"{math.sqrt(grown * work / (2 * k * latency)):.0f}",
+                    "by the formula P*": f"{root:.0f}",
                     "seconds per step there": f"{seconds[best]:.3f}",
                     "times as fast as one": f"{seconds[0] / seconds[best]:.1f}",
                 }
