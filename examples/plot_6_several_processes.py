@@ -148,8 +148,8 @@ for label, (layer, loss_function) in CASES.items():
 # %%
 # The last is a matter of scale: three quarters are missing, of the gradient and
 # of the curvature alike. But :math:`\lambda` is not scaled with them, so the
-# step is another one. With the first two, the processes still agree on one step, a
-# fair one, of a loss that is slightly another than that of the whole batch.
+# step is another one. With the first two, the processes still agree on one step,
+# but the loss whose step it is has other statistics, or other masks, in each part.
 
 assert gaps["nothing special"] < 1e-12
 assert min(gaps["BatchNorm"], gaps["dropout"]) > 1e-3
