@@ -358,7 +358,8 @@ class CGNOptimizer(Optimizer):
         its N samples, and a loss that is the mean over them; then gradient and products of the
         whole batch are the means of those of the processes, weighted by n_i / N. Every product is
         averaged by one all-reduce. So is the gradient, once per step, unless it is the same
-        everywhere to the last bit, as DistributedDataParallel leaves it. All else is computed from
+        everywhere to the last bit, as DistributedDataParallel leaves it (with BackPACK's products,
+        DistributedDataParallel(extend(model))). All else is computed from
         these averages, by each process for itself; so the processes need the same hardware and
         number of threads to go on with the same parameters, which every step makes sure of.
 
@@ -675,7 +676,7 @@ class CGNOptimizer(Optimizer):
         starts = [self.state[p]["v"] for p in parameters if p in self.state]
         options = torch.tensor(zlib.crc32(repr(text).encode()))
         numbers = _fingerprint([*parameters, *starts])
-        marks = torch.tensor(batch_size), options, numbers, _fingerprint(_gradients(blocks))
+        marks = torch.tensor(int(batch_size)), options, numbers, _fingerprint(_gradients(blocks))
         return torch.stack([mark.to(numbers.device) for mark in marks])
 
     def _solve(self, block: _Block) -> CGResult:
