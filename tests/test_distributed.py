@@ -2,88 +2,818 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from backpack import backpack, extend
+from backpack.extensions import GGNMP
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers, train_parallel
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
     reason="torch comes without gloo",
 )
 
-INPUTS = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-TARGETS = torch.arange(8) % 4
+STEPS = 20
+INPUTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TARGETS = torch.arange(24) % 4
+UNEVEN = {2: [15, 9], 4: [7, 6, 10, 1]}
+
+# Processes.
+
+
+def run(
+    function: Callable[[int], object],
+    folder: Path,
+    processes: int,
+    *,
+    seconds: float = 200,
+    timeout: float = 60,
+    lost: int | None = None,
+) -> list[Any]:
+    """What the function returned in each process; all but a lost one end by themselves, in time."""
+    context = multiprocessing.get_context("spawn")
+    arguments = function, processes, str(folder), timeout
+    started = [context.Process(target=_process, args=(i, *arguments)) for i in range(processes)]
+    end = time.monotonic() + seconds
+    try:
+        for process in started:
+            process.start()
+        for process in (process for i, process in enumerate(started) if i != lost):
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+    ended = [code for i, code in enumerate(codes) if i != lost]
+    assert ended == [0] * len(ended), f"exit codes {codes}: None is of one that hangs"
+    return [
+        None if i == lost else torch.load(folder / f"result{i}", weights_only=False)
+        for i in range(processes)
+    ]
+
+
+def _process(
+    i: int, function: Callable[[int], object], processes: int, folder: str, timeout: float
+) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=i,
+        world_size=processes,
+        timeout=timedelta(seconds=timeout),
+    )
+    torch.save(function(i), f"{folder}/result{i}")
+    os._exit(0)  # without waiting for what belongs to others, which may be dead
+
+
+class Outcome(NamedTuple):
+    """What came of a step in one process."""
+
+    error: str
+    message: str
+    moved: bool
+
+
+def outcome(model: nn.Module, step: Callable[[], object]) -> Outcome:
+    """Try a step."""
+    before = [p.detach().clone() for p in model.parameters()]
+    error = message = ""
+    try:
+        step()
+    except Exception as raised:
+        error, message = type(raised).__name__, str(raised)
+    pairs = zip(model.parameters(), before, strict=True)
+    return Outcome(error, message, not all(torch.equal(p, b) for p, b in pairs))
+
+
+@contextmanager
+def counted_collectives():
+    """The bytes of each collective of `torch.distributed`, by its name."""
+    calls: list[tuple[str, int]] = []
+    originals = {name: getattr(distributed, name) for name in ("all_reduce", "all_gather")}
+
+    def counted(name: str, *tensors: Any, **options: Any) -> None:
+        calls.append((name, tensors[-1].numel() * tensors[-1].element_size()))
+        originals[name](*tensors, **options)
+
+    for name in originals:
+        setattr(distributed, name, partial(counted, name))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(distributed, name, original)
+
+
+# Training, in one process or several.
+
+
+class Case(NamedTuple):
+    """A way to train."""
+
+    products: str = "layer"  # or "BackPACK", "network"
+    replicated: bool = False  # under DistributedDataParallel
+    dtype: torch.dtype = torch.float64
+    uneven: bool = False
+    options: tuple[tuple[str, float], ...] = ()
+    adaptive: bool = False
 
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    return nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 4)).double()
 
 
-def run(function, folder: Path, processes: int = 2) -> list:
-    """What the function returned in each process."""
-    arguments = function, processes, str(folder)
-    multiprocessing.spawn(_process, arguments, nprocs=processes)
-    return [torch.load(folder / f"result{rank}") for rank in range(processes)]
+class Training:
+    """A model, its share of the batch, and an optimizer; without a group, all of the batch."""
+
+    def __init__(
+        self, case: Case | None = None, group: Any = None, *, grouped: bool = True, **options: Any
+    ) -> None:
+        case = case or Case()
+        self.model: Any = network().to(case.dtype)
+        self.loss_function: nn.Module = nn.CrossEntropyLoss()
+        if case.products == "BackPACK":
+            self.curvature: Any = GGNMP()
+            extend(self.model)
+            extend(self.loss_function)
+        else:
+            whole = [list(self.model.parameters())]
+            self.curvature = GGN(layers(self.model) if case.products == "layer" else whole)
+        self.evaluated = self.model
+        self.part = slice(None)
+        if group is not None:
+            processes, i = group.size(), group.rank()
+            sizes = UNEVEN[processes] if case.uneven else [24 // processes] * processes
+            self.part = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+            if case.replicated:
+                self.evaluated = DistributedDataParallel(self.model, process_group=group)
+        settings = {"lr": 0.5, "damping": 1e-2, "tol": 0.3} | dict(case.options) | options
+        if grouped:
+            settings["process_group"] = group
+        self.optimizer = CGNOptimizer(self.model.parameters(), self.curvature, **settings)
+        self.adaptive = LevenbergMarquardt(self.optimizer) if case.adaptive else None
+        self.inputs = INPUTS[self.part].to(case.dtype)
+        self.targets = TARGETS[self.part]
+
+    def backward(self) -> Tensor:
+        """Leave gradients and products."""
+        self.optimizer.zero_grad()
+        outputs = self.evaluated(self.inputs)
+        loss = self.loss_function(outputs, self.targets)
+        if isinstance(self.curvature, GGN):
+            self.curvature.backward(loss, outputs)
+        else:
+            with backpack(self.curvature):
+                loss.backward()
+        return loss
+
+    def evaluate(self) -> Tensor:
+        """The loss again."""
+        return cross_entropy(self.model(self.inputs), self.targets)
+
+    def step(self) -> None:
+        """Step on what a backward pass has left."""
+        self.optimizer.step(batch_size=len(self.inputs))
+
+    def train(self, steps: int) -> list[Tensor]:
+        """The parameters after some steps."""
+        for _ in range(steps):
+            loss = self.backward()
+            if self.adaptive:
+                self.adaptive.step(loss, self.evaluate, batch_size=len(self.inputs))
+            else:
+                self.step()
+        return self.parameters()
+
+    def parameters(self) -> list[Tensor]:
+        """Copies of the parameters."""
+        return [p.detach().clone() for p in self.model.parameters()]
 
 
-def _process(rank: int, function, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
+# On these, 20 steps in one process, on the same batch in another order, end as close together as
+# several processes must: looser damping or a tighter tolerance amplify rounding by far more.
+ADAPTIVE = {"lr": 1.0, "damping": 1.0, "maxiter": 5}
+OPTIONS = {"warm_start": 0.9, "max_length": 0.3, "weight_decay": 0.01, "maxiter": 4}
+CASES = [
+    *(
+        Case(*values)
+        for values in product(
+            ("BackPACK", "layer", "network"), (True, False), (torch.float64, torch.float32)
+        )
+    ),
+    *(Case(products, uneven=True) for products in ("BackPACK", "layer")),
+    Case(options=tuple(OPTIONS.items())),
+    Case("network", options=(*ADAPTIVE.items(), ("warm_start", 0.95)), adaptive=True),
+    Case("network", options=tuple(ADAPTIVE.items()), adaptive=True, uneven=True),
+]
+
+
+# All with two processes, and some with four, which take turns on the cores of a small machine.
+WAYS = [(case, 2) for case in CASES]
+WAYS += [(case, 1) for case in CASES if not case.uneven]
+WAYS += [
+    (Case("BackPACK", replicated=True), 4),
+    (Case("layer", dtype=torch.float32), 4),
+    (Case("network", replicated=True), 4),
+    (Case("layer", uneven=True), 4),
+]
+
+
+def trainings(i: int, groups: dict[int, Any]) -> dict[tuple[Case, int], list[list[Tensor]]]:
+    """The parameters after the first and the last step, of each way with this process."""
+    results = {}
+    for case, processes in WAYS:
+        if i < processes:
+            training = Training(case, groups[processes])
+            results[case, processes] = [training.train(1), training.train(STEPS - 1)]
+    return results
+
+
+@pytest.mark.parametrize(("case", "processes"), WAYS, ids=str)
+def test_several_processes_take_the_steps_of_one_on_the_whole_batch(results, case, processes):
+    alone = Training(case)
+    before = alone.evaluate()
+    exact = case.dtype == torch.float64
+    for step, tolerance in enumerate([1e-10, 1e-10] if exact else [1e-6, 1e-3]):
+        expected = alone.train([1, STEPS - 1][step])
+        for result in results["trainings"][:processes]:
+            found = result[case, processes][step]
+            if processes == 1:
+                assert all(map(torch.equal, found, expected))
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+            assert all(map(torch.equal, found, results["trainings"][0][case, processes][step]))
+    assert alone.evaluate() < before - 0.1
+
+
+# What they say to each other.
+
+
+def messages(i: int, groups: dict[int, Any]) -> dict[str, Any]:
+    """The collectives of a step, and the products it took."""
+    found = {}
+    for case in (Case(), Case(replicated=True)):
+        training = Training(case, groups[2], tol=1e-3)
+        training.train(1)
+        training.backward()
+        with counted_collectives() as calls:
+            training.step()
+        found[case] = (
+            calls,
+            [(solve.products, len(solve.names)) for solve in training.optimizer.solves],
+        )
+    return found
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_one_all_reduce_per_product_and_block(results, replicated):
+    for found in results["messages"][:2]:
+        calls, solves = found[Case(replicated=replicated)]
+        n_bytes = [8 * (3 * 5 + 5), 8 * (5 * 4 + 4)]
+        expected = [("all_gather", 4 * 8)]
+        if not replicated:
+            expected += [("all_reduce", sum(n_bytes))]  # the gradient
+        for (products, _), n in zip(solves, n_bytes, strict=True):
+            expected += [("all_reduce", n)] * products
+        assert calls == expected
+        assert len(solves) == 2
+        assert all(products > 1 for products, _ in solves)
+
+
+# Faults. Each is one of the second process, unless it says otherwise.
+
+
+def broken(*arguments: object) -> None:
+    raise ArithmeticError("broken")
+
+
+def nan_batch(training: Training, faulty: bool) -> Callable[[], object]:
+    if faulty:
+        training.inputs = training.inputs * float("nan")
+    training.backward()
+    return training.step
+
+
+def nan_product(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    if faulty:
+        replace_product(training, lambda product: lambda v: product(v) * float("nan"))
+    return training.step
+
+
+def broken_product(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    if faulty:
+        replace_product(training, lambda product: broken)
+    return training.step
+
+
+def wrong_shape(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    if faulty:
+        replace_product(training, lambda product: lambda v: product(v)[:, :-1])
+    return training.step
+
+
+def replace_product(training: Training, changed: Callable) -> None:
+    """Change the product of the last layer."""
+    layer = training.model[2]
+    own = changed(layer.weight.ggn_product)
+
+    def replaced(v: Tensor) -> Tensor:
+        return own(v)
+
+    replaced.parameters = list(layer.parameters())
+    layer.weight.ggn_product = layer.bias.ggn_product = replaced
+
+
+def missing_product(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    if faulty:
+        del training.model[0].bias.ggn_product
+    return training.step
+
+
+def broken_closure(training: Training, faulty: bool) -> Callable[[], object]:
+    closure = broken if faulty else training.backward
+    return lambda: training.optimizer.step(closure, batch_size=12)
+
+
+def no_batch_size(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    return lambda: training.optimizer.step(batch_size=None if faulty else 12)
+
+
+def no_batch_size_anywhere(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    return training.optimizer.step
+
+
+def no_samples(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    return lambda: training.optimizer.step(batch_size=0 if faulty else 12)
+
+
+def other_parameters(training: Training, faulty: bool) -> Callable[[], object]:
+    if faulty:
+        with torch.no_grad():
+            weights = training.model[0].weight.view(-1)
+            weights[:2] = weights[:2].flip(0)  # the same numbers, in another order
+    training.backward()
+    return training.step
+
+
+def other_starting_point(training: Training, faulty: bool) -> Callable[[], object]:
+    training.optimizer.param_groups[0]["warm_start"] = 0.5
+    training.train(1)
+    if faulty:
+        training.optimizer.state[training.model[0].bias]["v"][0] += 1e-10
+    training.backward()
+    return training.step
+
+
+def no_starting_point(training: Training, faulty: bool) -> Callable[[], object]:
+    training.optimizer.param_groups[0]["warm_start"] = 0.5
+    training.train(1)
+    if faulty:
+        training.optimizer.state.clear()
+    training.backward()
+    return training.step
+
+
+def other_damping(training: Training, faulty: bool) -> Callable[[], object]:
+    if faulty:
+        training.optimizer.param_groups[0]["damping"] *= 2
+    training.backward()
+    return training.step
+
+
+def other_max_length(training: Training, faulty: bool) -> Callable[[], object]:
+    if faulty:
+        training.optimizer.max_length = 1.0
+    training.backward()
+    return training.step
+
+
+def frozen_parameter(training: Training, faulty: bool) -> Callable[[], object]:
+    training.model[0].weight.requires_grad_(not faulty)
+    training.backward()
+    return training.step
+
+
+def unequal_sizes_under_ddp(training: Training, faulty: bool) -> Callable[[], object]:
+    if faulty:
+        training.inputs, training.targets = training.inputs[:9], training.targets[:9]
+    training.evaluated = replica(training)
+    training.backward()
+    return training.step
+
+
+def no_group_under_ddp(training: Training, faulty: bool) -> Callable[[], object]:
+    training.evaluated = replica(training)
+    training.optimizer.process_group = None
+    training.backward()
+    return training.step
+
+
+def replica(training: Training) -> nn.Module:
+    """The model under DistributedDataParallel."""
+    group = training.optimizer.process_group
+    return DistributedDataParallel(training.model, process_group=group)
+
+
+def lopsided_product(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    if faulty:
+        replace_product(training, lambda product: lambda v: product(v).roll(1, 1))
+    return training.optimizer.check_products
+
+
+def missing_product_to_check(training: Training, faulty: bool) -> Callable[[], object]:
+    missing_product(training, faulty)
+    return training.optimizer.check_products
+
+
+NOT_FINITE = (
+    "RuntimeError",
+    "No Newton step for .*: .*not finite: up to nan.* No parameter has been",
+)
+THE_OTHER = "RuntimeError", "process 1 of 2 could not take part, and its own error says why"
+ALIKE = "RuntimeError", "process 1 differs from process 0 in its "
+SIZE = "ValueError", r"call optimizer.step\(batch_size=len\(inputs\)\)"
+
+# What the first and the second process raise.
+FAULTS = {
+    nan_batch: (NOT_FINITE, NOT_FINITE),
+    nan_product: (NOT_FINITE, NOT_FINITE),
+    broken_product: (NOT_FINITE, ("RuntimeError", "No Newton step for .*: broken. No parameter")),
+    wrong_shape: (NOT_FINITE, ("RuntimeError", "No Newton step for .* must have shape")),
+    missing_product: (THE_OTHER, ("RuntimeError", "no curvature product")),
+    broken_closure: (THE_OTHER, ("ArithmeticError", "broken")),
+    no_batch_size: (THE_OTHER, SIZE),
+    no_batch_size_anywhere: (SIZE, SIZE),
+    no_samples: (THE_OTHER, SIZE),
+    other_parameters: (ALIKE[0], ALIKE[1] + "parameters or starting points"),
+    other_starting_point: (ALIKE[0], ALIKE[1] + "parameters or starting points"),
+    no_starting_point: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
+    other_damping: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
+    other_max_length: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
+    frozen_parameter: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
+    unequal_sizes_under_ddp: (
+        "ValueError",
+        r"batches of \[12, 9\] samples, but gradients that are",
+    ),
+    no_group_under_ddp: (
+        "RuntimeError",
+        r"torch\.distributed runs 4: each would solve with the curvature of its own .*drift apart"
+        r".*process_group=torch\.distributed\.group\.WORLD",
+    ),
+    lopsided_product: (("RuntimeError", "is not symmetric"),) * 2,
+    missing_product_to_check: (THE_OTHER, ("RuntimeError", "no curvature product")),
+}
+
+
+def faults(i: int, groups: dict[int, Any]) -> dict[str, tuple[Outcome, bool]]:
+    """The outcome of each fault, and whether a new training then goes on."""
+    found = {}
+    for fault in FAULTS:
+        training = Training(Case(), groups[2])
+        tried = outcome(training.model, fault(training, i == 1))
+        found[fault.__name__] = (
+            tried,
+            outcome(network(), lambda: Training(Case(), groups[2]).train(1)),
+        )
+    return found
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_in_one_process_raises_in_all_and_moves_nothing(results, fault):
+    expected = FAULTS[fault]
+    if isinstance(expected[0], str):
+        expected = expected, expected
+    for found, (error, message) in zip(results["faults"][:2], expected, strict=True):
+        tried, after = found[fault.__name__]
+        assert tried.error == error, tried
+        assert re.search(message, tried.message), tried
+        assert not tried.moved
+        assert not after.error, after
+
+
+def adaptive_faults(i: int, groups: dict[int, Any]) -> dict[str, Any]:
+    """What comes of a loss that one process cannot compute, or not as a number."""
+    found = {}
+    for name, evaluate in (("broken", broken), ("NaN", lambda: float("nan"))):
+        training = Training(CASES[-2], groups[2])
+        step = training.adaptive.step
+        loss = training.backward()
+        mine = evaluate if i == 1 else training.evaluate
+        tried = outcome(training.model, partial(step, loss, mine, batch_size=12))
+        found[name] = tried, training.train(2), training.optimizer.param_groups[0]["damping"]
+    return found
+
+
+def test_a_loss_that_one_process_cannot_compute_raises_in_all(results):
+    (first, *after), (second, *after_too) = (
+        found["broken"] for found in results["adaptive_faults"][:2]
+    )
+    assert "could not be computed in another process" in first.message
+    assert (second.error, second.message) == ("ArithmeticError", "broken")
+    assert first.moved
+    assert second.moved  # in step with each other: what follows is the same in both
+    assert all(map(torch.equal, after[0], after_too[0]))
+    assert after[1] == after_too[1]
+
+
+def test_a_loss_that_is_nan_in_one_process_takes_the_step_back_in_all(results):
+    first, second = (found["NaN"] for found in results["adaptive_faults"][:2])
+    assert first[0] == second[0] == Outcome("", "", False)
+    assert all(map(torch.equal, first[1], second[1]))
+    assert first[2] == second[2]
+
+
+# What else a group has to get along with.
+
+
+def company(i: int, groups: dict[Any, Any]) -> dict[str, Any]:
+    """Copies, checkpoints, checks of products, gradients not yet averaged, other processes."""
+    group = groups[2]
+    training = Training(Case(), group)
+    training.backward()
+    with torch.random.fork_rng():
+        largest = training.optimizer.check_products(positive=True)
+    training.step()
+    clone, kept = copy.deepcopy(training.optimizer), pickle.dumps(training.optimizer)
+    unpickled = pickle.loads(kept)
+
+    loaded = Training(Case(), group)
+    loaded.model.load_state_dict(training.model.state_dict())
+    loaded.optimizer.load_state_dict(training.optimizer.state_dict())
+
+    waiting = Training(Case(replicated=True), group)
+    with waiting.evaluated.no_sync():
+        waiting.backward()
+    waiting.step()
+    return {
+        "asymmetry": largest,
+        "deepcopy": clone.process_group is group,
+        "pickle": unpickled.process_group,
+        "unpickled": outcome(training.model, unpickled.step),
+        "state": training.optimizer.state_dict(),
+        "loaded": loaded.train(1),
+        "no_sync": waiting.parameters(),
+        "stranger": outcome(
+            training.model, lambda: setattr(training.optimizer, "process_group", groups["others"])
+        ),
+    }
+
+
+def test_products_are_checked_together(results):
+    first, second = (found["asymmetry"] for found in results["company"][:2])
+    assert first == second < 1e-12
+
+
+def test_a_copy_keeps_the_group_and_a_pickle_loses_it_but_does_not_step_without(results):
+    for found in results["company"][:2]:
+        assert found["deepcopy"]
+        assert found["pickle"] is None
+        assert "torch.distributed runs 4" in found["unpickled"].message
+        assert not found["unpickled"].moved
+
+
+def test_the_state_dict_is_that_of_one_process(results):
+    alone = Training()
+    alone.train(1)
+    for found in results["company"][:2]:
+        assert found["state"] == alone.optimizer.state_dict()
+
+
+def test_a_checkpoint_goes_on_in_a_group(results):
+    expected = Training().train(2)
+    for found in results["company"][:2]:
+        torch.testing.assert_close(found["loaded"], expected, rtol=0.0, atol=1e-12)
+
+
+def test_gradients_that_ddp_has_not_averaged_are_averaged(results):
+    expected = Training().train(1)
+    for found in results["company"][:2]:
+        torch.testing.assert_close(found["no_sync"], expected, rtol=0.0, atol=1e-12)
+
+
+def test_a_group_of_others_is_refused(results):
+    for found in results["company"][:2]:
+        assert found["stranger"].error == "TypeError"
+        assert "a group that this process belongs to" in found["stranger"].message
+
+
+@pytest.mark.parametrize("group", [0, "world", [0, 1]])
+def test_a_group_is_a_process_group(group):
+    with pytest.raises(TypeError, match="process_group must be None or a group"):
+        Training(process_group=group, grouped=False)
+
+
+def test_one_process_never_asks_torch_distributed_for_anything_but_whether_it_runs(monkeypatch):
+    allowed = {"is_available", "is_initialized", "ProcessGroup"}
+    asked = set()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            return getattr(distributed, name)
+
+    monkeypatch.setattr(torch, "distributed", Watched())
+    training = Training()
+    training.train(2)
+    training.backward()
+    training.optimizer.check_products()
+    assert asked <= allowed
+
+
+# Processes that die.
+
+TIMEOUT = 5.0
+
+
+def death(i: int, how: signal.Signals, last: int) -> tuple[Outcome, float]:
+    """A step in which the last process is lost, within its second product."""
+    training = Training()
+    training.optimizer.process_group = distributed.group.WORLD
+    training.train(2)
+    training.backward()
+    products = 0
+
+    def fatal(product: Callable) -> Callable:
+        def wrapped(v: Tensor) -> Tensor:
+            nonlocal products
+            products += 1
+            if products == 2 and i == last:
+                os.kill(os.getpid(), how)
+            return product(v)
+
+        return wrapped
+
+    replace_product(training, fatal)
+    start = time.monotonic()
+    found = outcome(training.model, training.step)
+    return found, time.monotonic() - start
+
+
+@pytest.mark.skipif(os.name != "posix", reason="stops a process by a signal")
+@pytest.mark.parametrize(("how", "processes"), [("SIGKILL", 3), ("SIGSTOP", 2)])
+def test_the_loss_of_a_process_raises_in_the_others_within_the_timeout(how, processes, tmp_path):
+    """One is killed, or stands still, which only the timeout can tell."""
+    last = processes - 1
+    lose = partial(death, how=signal.Signals[how], last=last)
+    results = run(lose, tmp_path, processes, seconds=60, timeout=TIMEOUT, lost=last)
+    for found, seconds in results[:last]:
+        assert found.error == "ConnectionError", found
+        assert "Another process does not answer" in found.message
+        assert "start all of them again from a checkpoint" in found.message
+        assert not found.moved
+        assert seconds < (2 if how == "SIGKILL" else TIMEOUT + 2)
+
+
+# The script to download, started by torchrun.
+
+SCRIPT = Path(train_parallel.__file__)
+WATCHED = f"""
+import os, pathlib, runpy
+pathlib.Path("process" + os.environ["RANK"]).write_text(str(os.getpid()))
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def torchrun(folder: Path, checkpoint: str, kill_at: str = "") -> list[str]:
+    """What two processes print; the second is killed once the first has printed `kill_at`."""
+    (folder / "watched.py").write_text(WATCHED)
+    options = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "--max-restarts=1"]
+    training = ["--steps", "12", "--batch-size", "64", "--checkpoint", checkpoint]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "watched.py", *training]
+    lines = []
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see the script
+    }
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as agent:
+
+        def kill_all() -> None:
+            for path in folder.glob("process*"):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+            agent.kill()
+
+        watchdog = threading.Timer(150, kill_all)
+        watchdog.start()
+        for line in agent.stdout:
+            lines.append(line.strip())
+            if kill_at and line.startswith(kill_at):
+                os.kill(int((folder / "process1").read_text()), signal.SIGKILL)
+                kill_at = ""
+        watchdog.cancel()
+    assert agent.returncode == 0
+    return lines
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process by a signal")
+def test_a_killed_process_is_started_again_and_training_ends_as_if_nothing_had_been(tmp_path):
+    steps = torchrun(tmp_path, "whole.pt")
+    assert [line.split(":")[0] for line in steps] == [f"step {i:3}" for i in range(12)]
+    lines = torchrun(tmp_path, "killed.pt", kill_at="step   3")
+    (resumed,) = [line for line in lines if line.startswith("goes on from step")]
+    first = int(resumed.split()[-1])
+    assert 4 <= first < 12
+    assert lines[lines.index(resumed) + 1 :] == steps[first:]
+    whole, killed = (torch.load(tmp_path / name) for name in ("whole.pt", "killed.pt"))
+    assert whole["losses"] == killed["losses"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, killed["model"][name])
+
+
+@pytest.mark.gpu
+def test_nccl_steps_as_without_it_in_a_group_of_one(tmp_path):
+    """One GPU can hold no more than one process: what NCCL does between two is not tested."""
+    if not distributed.is_nccl_available():
+        pytest.skip("torch comes without NCCL")
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes
+        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        torch.save(function(rank), f"{folder}/result{rank}")
+        parameters = []
+        for group in (distributed.group.WORLD, None):
+            training = Training(Case(options=(("warm_start", 0.9),)), None)
+            training.model.cuda()
+            training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
+            training.optimizer.process_group = group
+            with counted_collectives() as calls:
+                parameters.append(training.train(STEPS))
+            assert bool(calls) == bool(group)
+            adaptive = LevenbergMarquardt(training.optimizer)
+            adaptive.step(training.backward(), training.evaluate, batch_size=24)
+            parameters[-1] += training.parameters()
+        assert all(map(torch.equal, *parameters))
     finally:
         distributed.destroy_process_group()
 
 
-def averaged_gradients(rank: int) -> list[torch.Tensor]:
-    model = network()
-    replica = DistributedDataParallel(model)
-    half = slice(rank * 4, rank * 4 + 4)
-    outputs = replica(INPUTS[half])
-    loss = nn.functional.cross_entropy(outputs, TARGETS[half])
-    GGN(layers(model)).backward(loss, outputs)
-    return [p.grad for p in model.parameters()]
+# The page of mistakes.
+
+MISUSE = Path(__file__).parents[1] / "docs" / "misuse.rst"
 
 
-def test_data_parallel_replicas_get_the_average_gradient(tmp_path):
-    model = network()
-    nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
-    expected = [p.grad for p in model.parameters()]
-    for gradients in run(averaged_gradients, tmp_path):
-        torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
+def test_the_page_of_mistakes_names_each_fault_and_tests_that_exist():
+    section = MISUSE.read_text(encoding="utf-8").partition("In several processes\n---")[2]
+    rows = re.findall(r"^   \* - (.+)\n     - (.+)\n     - (.+)$", section, re.MULTILINE)[1:]
+    named = [name for *_, check in rows for name in re.findall("`(.+?)`", check)]
+    pages = {name for name in named if name.startswith("auto_examples/")}
+    assert {name for name in named if name.startswith("test_")} <= globals().keys()
+    faults = {name for name in named if not name.startswith("test_")} - pages
+    assert faults == {fault.__name__ for fault in FAULTS}
+    assert all((MISUSE.parents[1] / f"{page.replace('auto_', '')}.py").exists() for page in pages)
 
 
-def refused_step(rank: int) -> tuple[str, bool]:
-    model = network()
-    curvature = GGN(layers(model))
-    optimizer = CGNOptimizer(model.parameters(), curvature)
-    outputs = model(INPUTS)
-    curvature.backward(nn.functional.cross_entropy(outputs, TARGETS), outputs)
-    before = [p.detach().clone() for p in model.parameters()]
-    message = ""
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        message = str(error)
-    same = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    return message, same
+# Everything in one set of processes, since each takes seconds to start.
+
+PARTS = [trainings, messages, faults, adaptive_faults, company]
 
 
-def test_steps_of_several_processes_are_refused(tmp_path):
-    for message, same in run(refused_step, tmp_path):
-        assert "torch.distributed runs 2: each would solve with the curvature of its own" in message
-        assert same
+def everything(i: int) -> dict[str, Any]:
+    """What each part found in this process."""
+    groups: dict[Any, Any] = {n: distributed.new_group(list(range(n))) for n in (1, 2, 4)}
+    groups["others"] = distributed.new_group([2, 3])
+    found = {"trainings": trainings(i, groups)}
+    if i < 2:
+        found |= {part.__name__: part(i, groups) for part in PARTS if part is not trainings}
+    return found
 
 
-def test_one_process_steps_as_without_torch_distributed(tmp_path):
-    ((message, same),) = run(refused_step, tmp_path, processes=1)
-    assert not message
-    assert not same
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    found = run(everything, tmp_path_factory.mktemp("results"), 4)
+    return {part.__name__: [of.get(part.__name__) for of in found] for part in PARTS}

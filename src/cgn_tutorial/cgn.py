@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
 from typing import Any, Literal
 
@@ -299,6 +300,7 @@ class _Block:
 
 _HOW_IT_WENT = [field.name for field in fields(Solve)]
 _SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")  # must agree within a block
+_ALL_OPTIONS = ("lr", "damping", "weight_decay", "warm_start", *_SOLVE_OPTIONS)  # and processes
 
 
 class CGNOptimizer(Optimizer):
@@ -334,20 +336,33 @@ class CGNOptimizer(Optimizer):
             carry on from step to step.
         max_length: Bound on γ √(vᵀ(C + λI)v), the length of the whole step over all blocks in the
             metric of its own curvature; a longer step is shortened to it. It costs no product.
+        process_group: The processes that hold the same parameters and share a batch, such as
+            `torch.distributed.group.WORLD`; `None` steps in this process alone. See below.
 
     Attributes:
         bp_extension: As given.
         max_length: As given.
+        process_group: As given.
         predicted: The change of the loss that the last step promised: the value of the damped
             quadratic model, summed over the blocks, where the step ended. A block with several
             values of γ counts with that of its first parameter.
         solves: What the solves of the last step did, one `BlockSolve` per block.
 
     Raises:
-        TypeError: `bp_extension` has no `savefield`, or a parameter is complex.
+        TypeError: `bp_extension` has no `savefield`, a parameter is complex, or `process_group` is
+            not one that this process belongs to.
         ValueError: A hyperparameter is out of range.
 
     Note:
+        With a `process_group`, all processes take the step of the whole batch. Process i has n_i of
+        its N samples, and a loss that is the mean over them; then gradient and products of the
+        whole batch are the means of those of the processes, weighted by n_i / N. Every product is
+        averaged by one all-reduce. So is the gradient, once per step, unless it is the same
+        everywhere to the last bit, as DistributedDataParallel leaves it (with BackPACK's products,
+        DistributedDataParallel(extend(model))). All else is computed from
+        these averages, by each process for itself; so the processes need the same hardware and
+        number of threads to go on with the same parameters, which every step makes sure of.
+
         The product of a block is a function `[V, n] → [V, n]` that multiplies each of V vectors,
         with an attribute `parameters`, in whose order the n numbers are concatenated; all of them
         carry it. Without that attribute, it is over the parameter p that carries it alone,
@@ -388,12 +403,14 @@ class CGNOptimizer(Optimizer):
         negative_curvature: NegativeCurvature = "stop",
         warm_start: float = 0.0,
         max_length: float = math.inf,
+        process_group: Any = None,
     ) -> None:
         if not max_length > 0:
             raise ValueError(f"max_length must be greater than 0, but is {max_length}.")
         self.max_length = max_length
         self.predicted = 0.0
         self.bp_extension = bp_extension
+        self.process_group = process_group
         self.solves: list[Solve] = []
         defaults = {
             "lr": lr,
@@ -408,29 +425,41 @@ class CGNOptimizer(Optimizer):
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, batch_size: int | None = None
+    ) -> float | None:
         """Solve for every block's Newton step, then move every parameter by it.
 
         Args:
             closure: Evaluates the model, calls `backward()` so that gradients and products are
                 there, and returns the loss.
+            batch_size: How many samples the loss of this process is the mean of. Needed with a
+                `process_group`, and of no effect without.
 
         Returns:
-            What the closure returned.
+            What the closure returned, which is the loss of this process.
 
         Raises:
             RuntimeError: A parameter has a gradient, but no curvature product, or its system cannot
                 be solved (numbers that are not finite, wrong shapes or dtypes, sparse gradients).
-                The message names the parameter. Or `torch.distributed` runs several processes.
-                Nothing has been changed then.
-            ValueError: The tolerances of the parameters of a block differ.
+                The message names the parameter. Nothing has been changed then. With several
+                processes, all of them raise if one does, or if their parameters, gradients or
+                options do not belong together; or they run without a `process_group`.
+            ValueError: The tolerances of the parameters of a block differ, or `batch_size` is
+                missing, or it differs where gradients have been averaged without its weights.
+            ConnectionError: Another process does not answer: it has died, or is late beyond the
+                timeout of the `process_group`. No parameter has been changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        _refuse_several_processes()
-        solved = [(block, self._solve(block)) for block in self._blocks()]
+        loss: float | None = None
+
+        def blocks() -> list[_Block]:
+            nonlocal loss
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            return self._blocks()
+
+        solved = [(block, self._solve(block)) for block in self._together(blocks, batch_size)]
         slope, square = self._along(solved)
         shrink = min(1.0, self.max_length / math.sqrt(square)) if square > 0 else 1.0
         self.predicted = shrink * slope + shrink**2 * square / 2
@@ -468,9 +497,10 @@ class CGNOptimizer(Optimizer):
         Raises:
             RuntimeError: It is larger than half of the dtype's digits allow, or uᵀCu is negative
                 beyond that. The message names the parameters of the block. Or a product is missing.
+                With several processes, all of them check the mean of their products, and raise.
         """
         worst = 0.0
-        for block in self._blocks():
+        for block in self._together(self._blocks, batch_size=1):
             like = block.parameters[0]
             n = sum(p.numel() for p in block.parameters)
             tolerance = torch.finfo(like.dtype).eps ** 0.5
@@ -545,13 +575,30 @@ class CGNOptimizer(Optimizer):
         self._bp_extension = extension
         self._savefield = savefield
 
+    @property
+    def process_group(self) -> Any:
+        """The processes that step together, or `None`; a pickled optimizer loses it."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+            raise TypeError(
+                "process_group must be None or a group that this process belongs to, such as "
+                f"torch.distributed.group.WORLD, but is {group!r}."
+            )
+        self._process_group = group
+        self._share = 1.0
+
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_savefield", "max_length")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_bp_extension", None)  # BackPACK's extensions do not pickle
+        self.__dict__.setdefault("_bp_extension", None)  # BackPACK's extensions do not pickle,
+        self.__dict__.setdefault("_process_group", None)  # and neither do process groups
+        self.__dict__.setdefault("_share", 1.0)
         self.__dict__.setdefault("solves", [])
         self.__dict__.setdefault("predicted", 0.0)
         for group in self.param_groups:
@@ -562,7 +609,75 @@ class CGNOptimizer(Optimizer):
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         clone._bp_extension = self._bp_extension
+        clone._process_group = self._process_group
         return clone
+
+    def _together(self, local: Callable[[], list[_Block]], batch_size: int | None) -> list[_Block]:
+        """The blocks of the whole batch: gradients and products averaged over the processes."""
+        if self.process_group is None:
+            _refuse_several_processes()
+            return local()
+        blocks: list[_Block] = []
+        fault = None
+        first = self.param_groups[0]["params"][0]
+        mine = torch.zeros(4, dtype=torch.int64, device=first.device)
+        try:  # a process that fails must still tell the others, which would wait for it
+            blocks = local()
+            mine = self._marks(blocks, batch_size).to(first.device)
+        except Exception as error:
+            fault = error
+        all_marks = [torch.empty_like(mine) for _ in range(self.process_group.size())]
+        _communicate("all_gather", all_marks, mine, group=self.process_group)
+        if fault is not None:
+            raise fault
+        sizes, *marks = torch.stack(all_marks).T.tolist()
+        averaged = _check_marks(sizes, *marks)
+        self._share = sizes[self.process_group.rank()] / sum(sizes)
+        if not averaged:
+            gradients = _gradients(blocks)
+            flat = torch.cat([g.reshape(-1).to(first.device) for g in gradients])
+            parts = self._mean(lambda: flat, flat).split([g.numel() for g in gradients])
+            for g, part in zip(gradients, parts, strict=True):
+                g.copy_(part.view_as(g))
+
+        def mean_of(product: Product) -> Product:
+            return lambda v: self._mean(lambda: product(v), v)
+
+        return [replace(block, product=mean_of(block.product)) for block in blocks]
+
+    def _mean(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """The mean of what the processes compute; where one fails, the others get NaN."""
+        if self.process_group is None:
+            return compute()
+        fault = None
+        try:
+            mean = self._share * compute()
+        except Exception as error:
+            fault, mean = error, torch.full_like(like, math.nan)
+        _communicate("all_reduce", mean, group=self.process_group)
+        if fault is not None:
+            raise fault
+        return mean
+
+    def _marks(self, blocks: list[_Block], batch_size: int | None) -> Tensor:
+        """The batch size, and what tells options, parameters and gradients from others."""
+        if batch_size is None or not (hasattr(batch_size, "__index__") and batch_size > 0):
+            raise ValueError(
+                "With a process_group, a step needs the number of samples of this process, at "
+                f"least 1, but it is {batch_size}: call optimizer.step(batch_size=len(inputs)). "
+                "Nothing has been changed."
+            )
+        text = [f"{self.max_length}"]
+        for block in blocks:
+            for name, p, group in zip(block.names, block.parameters, block.groups, strict=True):
+                values = [f"{group[option]}" for option in _ALL_OPTIONS]
+                text += [name, f"{p.shape} {p.dtype} {p in self.state} of {block.names}", *values]
+        parameters = [p for block in blocks for p in block.parameters]
+        starts = [self.state[p]["v"] for p in parameters if p in self.state]
+        options = torch.tensor(zlib.crc32(repr(text).encode()))
+        numbers = _fingerprint([*parameters, *starts])
+        marks = torch.tensor(int(batch_size)), options, numbers, _fingerprint(_gradients(blocks))
+        return torch.stack([mark.to(numbers.device) for mark in marks])
 
     def _solve(self, block: _Block) -> CGResult:
         """Solve (C + λI) v = −g for one block, with v and g flattened to n numbers."""
@@ -576,6 +691,8 @@ class CGNOptimizer(Optimizer):
             x0 = torch.cat([v.reshape(-1) for v in last]) if len(last) == len(pairs) else None
             options = {name: block.groups[0][name] for name in _SOLVE_OPTIONS}
             return cg(lambda v: block.product(v) + lam * v, -g, x0, **options)
+        except ConnectionError:
+            raise
         except Exception as error:  # products may raise anything
             raise RuntimeError(
                 f"No Newton step for {', '.join(block.names)}: solving A v = b, with A = C + λI "
@@ -710,23 +827,40 @@ class LevenbergMarquardt:
         self.minimum = minimum
 
     @torch.no_grad()
-    def step(self, loss: Tensor | float, evaluate: Callable[[], Tensor | float]) -> float:
+    def step(
+        self,
+        loss: Tensor | float,
+        evaluate: Callable[[], Tensor | float],
+        *,
+        batch_size: int | None = None,
+    ) -> float:
         """Let the optimizer step, then adapt its damping, and take the step back if it did harm.
 
         Args:
             loss: The loss before the step, whose gradients and products are there.
             evaluate: Computes the same loss again, on the same batch, without a backward pass.
+            batch_size: As for the optimizer's `step()`. With a `process_group`, both losses are
+                those of this process, and are averaged with the same weights as the products, by
+                one more all-reduce, so that all processes see the same ratio.
 
         Returns:
             The ratio ρ. It is −∞ if the loss after the step was not finite.
 
         Raises:
-            RuntimeError: As the optimizer's `step()`. Nothing has been changed then.
+            RuntimeError: As the optimizer's `step()`. Nothing has been changed then. Or `evaluate`
+                failed in another process, after the step.
         """
         groups = self.optimizer.param_groups
         before = [(p, p.clone()) for group in groups for p in group["params"]]
-        self.optimizer.step()
-        change = float(evaluate()) - float(loss)
+        self.optimizer.step(batch_size=batch_size)
+        several = self.optimizer.process_group is not None
+        like = torch.zeros(3, dtype=torch.float64, device=before[0][0].device if several else None)
+        after, start, failed = self.optimizer._mean(
+            lambda: like.new_tensor([float(evaluate()), float(loss), 0.0]), like
+        ).tolist()
+        if failed:  # NaN is true
+            raise RuntimeError("The loss after the step could not be computed in another process.")
+        change = after - start
         predicted = self.optimizer.predicted
         rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
         if not change < 0:
@@ -747,5 +881,62 @@ def _refuse_several_processes() -> None:
         raise RuntimeError(
             f"CGNOptimizer steps in one process, but torch.distributed runs {count}: each would "
             "solve with the curvature of its own data, and their parameters would drift apart. "
+            "Name the processes that share a batch, process_group=torch.distributed.group.WORLD. "
             "Nothing has been changed."
         )
+
+
+def _communicate(collective: str, *tensors: Any, group: Any) -> None:
+    """Call a collective of torch.distributed, and say what it means where that fails."""
+    try:
+        getattr(torch.distributed, collective)(*tensors, group=group)
+    except Exception as error:
+        raise ConnectionError(
+            f"Another process does not answer: {str(error).rstrip('.')}. No parameter has been "
+            "changed, but the processes cannot go on together: start all of them again from a "
+            "checkpoint, as torchrun --max-restarts does."
+        ) from error
+
+
+def _gradients(blocks: list[_Block]) -> list[Tensor]:
+    """The gradients of all parameters of these blocks."""
+    return [p.grad for block in blocks for p in block.parameters if p.grad is not None]
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> Tensor:
+    """An integer of all bits of all tensors, 0 for zeros: others have another, but for chance."""
+    total = torch.tensor(0)
+    for tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(torch.int16)
+        places = torch.arange(1, 2 * len(bits), 2, dtype=torch.int32, device=bits.device)
+        total = 1_000_003 * total.to(bits.device) + (bits * places).sum()  # on purpose, all wrap
+    return total
+
+
+def _check_marks(
+    sizes: list[int], options: list[int], parameters: list[int], gradients: list[int]
+) -> bool:
+    """Raise, in all processes alike, unless they can step together; are gradients averages yet?"""
+    if faulty := [i for i, size in enumerate(sizes) if not size]:
+        raise RuntimeError(
+            f"No Newton step: process {faulty[0]} of {len(sizes)} could not take part, and its own "
+            "error says why. Nothing has been changed."
+        )
+    for what, marks in (
+        ("gradients, blocks or options: which parameters have a gradient, lr, damping", options),
+        ("parameters or starting points: begin with one seed, or load one checkpoint", parameters),
+    ):
+        if len(set(marks)) > 1:
+            other = next(i for i, mark in enumerate(marks) if mark != marks[0])
+            raise RuntimeError(
+                f"No Newton step: process {other} differs from process 0 in its {what}, in all of "
+                f"the {len(marks)} processes. Nothing has been changed."
+            )
+    averaged = len(set(gradients)) == 1
+    if averaged and gradients[0] and len(set(sizes)) > 1:
+        raise ValueError(
+            f"No Newton step: the processes have batches of {sizes} samples, but gradients that "
+            "are averages without these weights already, as DistributedDataParallel leaves them. "
+            "Give all the same number, or use plain modules. Nothing has been changed."
+        )
+    return averaged

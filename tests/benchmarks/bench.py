@@ -20,6 +20,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from growth import bench_growth
 from matplotlib.figure import Figure
 from measuring import Row, draw, machine, write
+from processes import bench_processes
 from studies import bench_products_tried, bench_tried
 from timing import bench_products, bench_resnet, bench_shortcut, bench_steps
 
@@ -39,6 +40,10 @@ def results(quick: bool) -> Iterator[tuple[str, list[Row] | Figure]]:
     yield "width", by_width
     yield "growth", figure
     yield "resnet", bench_resnet(quick)
+    table, scaling, figure = bench_processes(quick)
+    yield "processes", table
+    yield "scaling", scaling
+    yield "scaling", figure
     yield "tried", bench_tried(quick)
     yield "products_tried", bench_products_tried(quick)
 

@@ -27,6 +27,7 @@ SITE = ROOT / "docs" / "_build" / "html"
 SOURCES = {page.name: page.read_bytes() for page in (ROOT / "examples").glob("plot_*.py")}
 SCRIPTS = sorted(SITE.glob("_downloads/*/plot_*.py"), key=lambda path: path.name)
 NOTEBOOKS = sorted(SITE.glob("_downloads/*/plot_*.ipynb"), key=lambda path: path.name)
+FILES = ["cgn.py", "curvature.py", "train_parallel.py"]
 MAIN = "plot_3_matrix_free_optimization"
 VERSION = runpy.run_path(str(ROOT / "src" / "version.py"))["VERSION"]
 WHEEL = SITE / f"cgn_tutorial-{VERSION}-py3-none-any.whl"
@@ -204,6 +205,24 @@ def test_the_main_script_runs_in_an_empty_folder_and_prints_the_pages_numbers(tm
             assert script_figures[1::2] == pytest.approx(page_figures[1::2], abs=1 / 64 + 1e-5)
 
 
+def test_the_script_for_several_processes_trains_in_an_empty_folder(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    script = [SITE / "train_parallel.py", "--steps=2", "--batch-size=64"]
+    finished = subprocess.run(
+        [*torchrun, *script],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr
+    printed = re.findall(r"^step +(\d): loss 2\.\d{5}$", finished.stdout, re.MULTILINE)
+    assert printed == ["0", "1"]
+    assert not list(tmp_path.iterdir())
+
+
 def packed(path):
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
@@ -225,12 +244,12 @@ def test_a_zip_has_the_same_files(name, files):
 
 
 def test_one_zip_has_everything():
-    files = [*SCRIPTS, *NOTEBOOKS, SITE / "cgn.py", SITE / "curvature.py", WHEEL]
+    files = [*SCRIPTS, *NOTEBOOKS, *(SITE / name for name in FILES), WHEEL]
     expected = {file.name: file.read_bytes() for file in files}
     assert packed(SITE / "everything.zip") == expected
 
 
-@pytest.mark.parametrize("name", ["cgn.py", "curvature.py"])
+@pytest.mark.parametrize("name", FILES)
 def test_the_files_to_copy_are_the_packages(name):
     source = (ROOT / "src" / "cgn_tutorial" / name).read_bytes()
     assert (SITE / name).read_bytes() == source
