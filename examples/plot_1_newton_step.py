@@ -50,6 +50,7 @@ def newton_step(x, lam=0.0):
 # Where does the step land from three different points? Each panel shows the loss (solid), the
 # parabola (dashed) that touches it at the start (circle), and where the step lands (cross).
 
+# Draw the loss, the parabola that touches it, and the step.
 import matplotlib.pyplot as plt
 
 from cgn_tutorial.plotting import COLORS, describe
@@ -69,6 +70,7 @@ def draw_step(ax, x, gamma=1.0, lam=0.0):
 
 # %%
 
+# Draw the steps from the three starts.
 good, far, lying = torch.tensor([0.4, 0.8, 1.5])
 fig, axes = plt.subplots(1, 3, figsize=(7, 3), sharey=True)
 for ax, start in zip(axes, (good, far, lying), strict=True):
@@ -107,6 +109,7 @@ assert lying + newton_step(lying) > lying  # away from the minimum at 0
 # the model, a price on long steps: the curvature becomes :math:`C + \lambda`. Does either help
 # where the full step failed?
 
+# Draw the three remedies.
 fig, axes = plt.subplots(1, 3, figsize=(7, 3), sharey=True)
 draw_step(axes[0], far, gamma=0.5)
 axes[0].set(title="x = 0.8, γ = 0.5", ylabel="loss")
@@ -138,6 +141,7 @@ x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
 
 # %%
 
+# Draw the step, and the loss after it over the damping.
 from cgn_tutorial.plotting import explorable
 
 dampings = torch.linspace(0, 2, 201)
@@ -223,6 +227,7 @@ downhill = torch.stack([start, start - 0.08 * g])
 
 # %%
 
+# Draw both paths, and the ends of the damped steps, over the contours.
 first = torch.linspace(-2, 12, 99)
 second = torch.linspace(-1.5, 1.5, 99)[:, None]
 fig, axes = plt.subplots(2, 1, figsize=(7, 3.8), sharex=True)
@@ -274,6 +279,7 @@ print(f"λ = {lam}: x₁ goes {part[0]:.0%} of its way, x₂ {part[1]:.0%}")
 
 # %%
 
+# Draw the step, and the part of the way over the damping.
 dampings = torch.logspace(-3, 4, 80)
 parts = gamma * curvatures / (curvatures + dampings[:, None])
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.4))
@@ -346,6 +352,7 @@ assert len(x_init) == 113
 # The network as a function of that vector, and its Hessian by automatic differentiation:
 
 
+# The network's outputs as a function of one vector.
 def split(net, x):
     sizes = [p.numel() for p in net.parameters()]
     pairs = zip(net.parameters(), x.split(sizes), strict=True)
@@ -403,6 +410,44 @@ assert smallest < 0
 # `Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002)
 # <https://doi.org/10.1162/08997660260028683>`__, defines it for any such pair of network
 # and loss.
+#
+# How large are the three factors? Here they are for one image, not to scale: as many parameters as
+# the network above has, and its three outputs.
+
+# Draw the GGN as the product of its three factors.
+from matplotlib.patches import Rectangle
+
+n, k = len(x_init), 3
+fig, ax = plt.subplots(figsize=(7, 2.7))
+left = 0.0
+for name, rows, columns, color, after in (
+    ("G", n, n, "green", "="),
+    ("Jᵀ", n, k, "blue", "·"),
+    ("$H_L$", k, k, "orange", "·"),
+    ("J", k, n, "blue", ""),
+):
+    width, height = (1.0 if size == n else 0.3 for size in (columns, rows))
+    box = Rectangle((left, -height), width, height, color=COLORS[color])
+    ax.add_patch(box).set_alpha(0.35)
+    ax.text(left + width / 2, -height / 2, name, ha="center", va="center")
+    ax.text(left + width / 2, 0.04, f"{rows} × {columns}", ha="center")
+    ax.text(left + width + 0.12, -0.16, after, ha="center", fontsize=14)
+    left += width + 0.24
+ax.text(1.6, -0.62, "a product with v, from right to left:")
+ax.text(1.6, -0.8, f"v: {n} numbers  →  J v: {k}  →  $H_L$ J v: {k}")
+ax.text(1.6, -0.98, f"→  Jᵀ $H_L$ J v: {n}")
+ax.set(xlim=(-0.05, left - 0.15), ylim=(-1.05, 0.15), aspect="equal")
+ax.set_axis_off()
+_ = describe(
+    fig,
+    "The matrix G, 113 by 113, as the product of three: a tall one, 113 by 3,"
+    " a square of 3 by 3, and a wide one, 3 by 113. A vector of 113 numbers"
+    " becomes one of 3, and again one of 113.",
+)
+
+# %%
+# All that the parameters have to say to the loss passes through the few outputs. A product with a
+# vector from right to left never forms the large square.
 #
 # Relatives of it go by other names. For losses that are a negative log-likelihood, as cross-entropy
 # is, and with the mean over the model's own predictions in place of the labels, the covariance of
@@ -530,6 +575,7 @@ def curvature_blocks(x, residual):
 # Are these really the blocks of the dense matrices from automatic differentiation?
 
 
+# Compare the blocks with those of the dense matrices.
 def blocks_of(matrix):
     sizes = [p.numel() for p in tiny.parameters()]
     rows = matrix.split(sizes)
@@ -548,19 +594,76 @@ for name, dense in ("Hessian", H), ("GGN", G):
     assert error < 1e-12
 
 # %%
+# They are. What does the recursion do, then? Here it is on a single image, from right to left, as
+# it runs: the Hessian of the loss arrives at the outputs of the last layer. Each layer leaves the
+# blocks of its bias and its weight behind, and hands on a matrix of the size of its input.
+
+# Run the recursion on the first image, and draw each matrix that it meets.
+from matplotlib.colors import SymLogNorm
+
+h, z = forward(x_init)
+weights = split(tiny, x_init)[::2]
+share = z[0].softmax(0)
+H_z, g_z = share.diag() - share.outer(share), share - one_hot(labels)[0]
+met = [("$H_z = H_L$", 3, H_z)]
+for layer in (2, 1):
+    W_l, h_l = weights[layer], h[layer][0]
+    H_h, s1, delta = W_l.T @ H_z @ W_l, h_l * (1 - h_l), g_z @ W_l
+    H_z = s1[:, None] * H_h * s1 + (s1 * (1 - 2 * h_l) * delta).diag()
+    g_z = s1 * delta
+    met += [("$H_h$", layer + 1, H_h), ("$H_a = H_z$", layer, H_z)]
+
+fig, ax = plt.subplots(figsize=(7, 3.2))
+steps, edge = ("σ′ · σ′ + r", "$W^⊤$ · W"), 0.0
+for i, (name, layer, matrix) in enumerate(met):
+    half = 0.07 * len(matrix)
+    center = edge - (1.05 + half if i else 0)
+    extent = (center - half, center + half, -half, half)
+    norm = SymLogNorm(1e-3, vmin=-1, vmax=1)
+    ax.imshow(matrix / matrix.abs().max(), "PuOr", extent=extent, norm=norm)
+    ax.text(center, 0.58, name, ha="center", size=9)
+    if i:
+        ends = {"xy": (center + half, 0), "xytext": (edge, 0)}
+        arrow = {"arrowstyle": "->", "color": "gray"}
+        ax.annotate("", arrowprops=arrow, **ends)
+        middle = (center + half + edge) / 2
+        ax.text(middle, 0.12, steps[i % 2], ha="center", size=8)
+    if i % 2 == 0:
+        arrow = {"arrowstyle": "->", "color": COLORS["green"]}
+        down = {"xy": (center, -0.9), "xytext": (center, -half)}
+        ax.annotate("", arrowprops=arrow, **down)
+        n, k = weights[layer - 1].shape
+        words = f"layer {layer}\nbias: $H_z$, {n} × {n}\nweight: each\n"
+        words += f"entry times $h_j h_l$,\n{n * k} × {n * k}"
+        ax.text(center, -0.95, words, ha="center", va="top", size=9)
+    edge = center - half
+ax.set(xlim=(-8.0, 0.7), ylim=(-2.4, 0.8), aspect="equal")
+ax.set_axis_off()
+_ = describe(
+    fig,
+    "From right to left, a matrix of 3 by 3 at the outputs becomes one of 5 by"
+    " 5 behind the last layer's weight, another of 5 by 5 before the sigmoid,"
+    " then two of 6 by 6. At each layer an arrow leads down to the blocks of"
+    " its bias and its weight.",
+)
+
+# %%
+# Through a weight, :math:`H_z` turns into :math:`H_h`; through a sigmoid, into the next
+# :math:`H_z`. The residual enters at the sigmoids only, as the diagonal :math:`r`: what is done to
+# it there, nothing, its absolute value, its positive part or zero, makes the four curvatures.
+#
 # How much of the matrix do the blocks hold? Here are the full Hessian and the full GGN, each row
 # and column one parameter, with the blocks outlined. Colours are linear up to :math:`10^{-4}` and
 # logarithmic beyond.
 
-from matplotlib.colors import SymLogNorm
-from matplotlib.patches import Rectangle
-
+# Where each tensor's block begins, and how it is called.
 names = ["W₁", "b₁", "W₂", "b₂", "W₃", "b₃"]
 sizes = torch.tensor([p.numel() for p in tiny.parameters()])
 edges = sizes.cumsum(0) - sizes
 
 # %%
 
+# Draw both matrices, with the blocks outlined.
 norm = SymLogNorm(1e-4, vmin=-0.2, vmax=0.2)
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
 for ax, title, matrix in zip(axes, ("Hessian", "GGN"), (H, G), strict=True):
@@ -652,6 +755,7 @@ for name, product, dense in (("H v", Hv, H @ v), ("GGN v", Gv, G @ v)):
 # Nothing in these lines knows the size of the network. What does one product cost, in gradients?
 # Measured here with the 21,840 parameters and a batch of 64 images:
 
+# What to time: a gradient and two products.
 import statistics
 import time
 
@@ -668,6 +772,7 @@ candidates = {
 
 # %%
 
+# Time them in turns, and print the medians.
 seconds = {name: [] for name in candidates}
 for _ in range(11):  # in turns, so that all meet the same load
     for name, function in candidates.items():
@@ -774,6 +879,7 @@ def spectrum(x, name):
 
 # %%
 
+# Draw and count the eigenvalues of the four curvatures.
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 for ax, x in zip(axes, (x_init, x_trained), strict=True):
     print("at initialisation" if x is x_init else "trained")
@@ -813,6 +919,7 @@ assert 0 > lowest[1] > 0.1 * lowest[0]
 # to the smallest, before (dots, crosses where negative, sizes below :math:`10^{-7}` raised to it)
 # and after damping with :math:`\lambda = 10^{-3}` (line, where positive).
 
+# Draw the eigenvalues with and without damping.
 fig, axes = plt.subplots(1, 4, figsize=(7, 3), sharey=True)
 for ax, name in zip(axes, RESIDUALS, strict=True):
     mu = spectrum(x_init, name).flip(0)
@@ -878,6 +985,7 @@ assert rank <= 5 * 2
 # What does such a model look like, and what does damping change? Take a single image, two outputs
 # with equal probabilities, and the two outputs themselves as parameters.
 
+# Draw the model of two outputs, without damping and with it.
 g2 = torch.tensor([-0.5, 0.5])
 C2 = torch.tensor([[0.25, -0.25], [-0.25, 0.25]])
 line = torch.linspace(-3, 3, 99)
@@ -914,3 +1022,38 @@ assert abs(u @ v) < 1e-12
 # is a solver that asks for nothing but products: `conjugate gradients
 # <plot_2_conjugate_gradients.html>`__. Then
 # `the optimizer <plot_3_matrix_free_optimization.html>`__ puts them together.
+#
+# Check yourself
+# --------------
+#
+# .. fold:: A parameter has the gradient 0.2 and the curvature −0.1. Which dampings make its step
+#     point downhill, and how long is it at a damping of 0.5?
+#
+#    All above 0.1: then :math:`C + \lambda` is positive. At 0.5 the step is
+#    :math:`v = -0.2 / (-0.1 + 0.5) = -0.5`.
+#
+# .. fold:: A network has a million parameters and ten outputs, and a batch 64 images. What is the
+#     largest rank that its GGN can have? Does that hold for the Hessian?
+#
+#    At most :math:`64 \cdot 9 = 576`: the null direction of the softmax takes one of the ten
+#    outputs away. For the Hessian it does not hold, as the residual
+#    :math:`\sum_k (\partial \ell / \partial z_k) \nabla^2 z_k` may have any rank.
+#
+# .. fold:: In the recursion, which of the four curvatures changes if all sigmoids are replaced by
+#     ReLUs, whose second derivative is zero wherever it exists?
+#
+#    All become the GGN: with :math:`\sigma'' = 0`, the residual :math:`r` is zero, and there is
+#    nothing to take the absolute value of. Blocks of one layer, that is; between layers, the full
+#    Hessian still has entries that the GGN lacks.
+
+# Check the first and the last answer.
+assert abs(-0.2 / (-0.1 + 0.5) + 0.5) < 1e-12
+
+rectified = copy.deepcopy(tiny)
+rectified[1], rectified[3] = nn.ReLU(), nn.ReLU()
+outputs = outputs_of(rectified, images)
+J, H_L = jacrev(outputs)(x_init), loss_hessians(outputs(x_init))
+G = torch.einsum("nki,nkl,nlj->ij", J, H_L, J)
+H = jacrev(grad(loss))(x_init)
+assert difference(blocks_of(H), blocks_of(G)) < 1e-12
+assert (H - G).norm() > 0.01 * G.norm()

@@ -103,6 +103,7 @@ torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 # round bowl: there, :math:`p^\top A p_+` is the ordinary inner product, so that
 # conjugate directions meet at a right angle.
 
+# Draw the contours of the quadratic model.
 from matplotlib import pyplot as plt
 
 from cgn_tutorial.plotting import COLORS, describe
@@ -118,6 +119,7 @@ def contours(ax, A, b, center, size):
 
 # %%
 
+# Draw both paths, in x and in y.
 S = torch.linalg.cholesky(A)
 views = {"x": (A, b, torch.eye(2).double())}
 views["y"] = torch.eye(2).double(), torch.linalg.solve(S, b), S
@@ -137,6 +139,7 @@ _ = describe(
 
 # %%
 
+# Check the angles: conjugate, and parallel.
 first, second = conjugate.diff(dim=0)
 assert abs(first @ A @ second) < 1e-12 * first.norm() * second.norm()
 one, _, three = gradient_descent.diff(dim=0)[:3]
@@ -183,6 +186,7 @@ assert (
 
 # %%
 
+# Draw the paths, and the part of the way that is left.
 from cgn_tutorial.plotting import explorable
 
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
@@ -246,6 +250,7 @@ assert cosines_gd[:-2, 2:].diagonal().min() > 0.5
 
 # %%
 
+# Draw the cosines of all pairs of steps.
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
 for ax, picture in zip(axes, (cosines_gd, cosines_cg), strict=True):
     image = ax.imshow(picture, vmin=0, vmax=1, cmap="cividis")
@@ -418,6 +423,7 @@ def errors(eigenvalues, steps):
 # Do the curves follow the bound, the dashed lines? Here are three matrices
 # with 3000 eigenvalues each, spread evenly between 1 and :math:`\kappa`.
 
+# Solve, check the bound, and draw the errors and the residuals.
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
 products = {}
 for kappa, color in ((10, "blue"), (100, "green"), (1000, "orange")):
@@ -459,6 +465,7 @@ _ = describe(
 # <https://etna.math.kent.edu/vol.13.2002/pp56-80.dir/pp56-80.pdf>`__, 2002). How
 # much of the error, in its norm, does a sum over five steps see?
 
+# Compare the estimate with the error.
 for kappa in (10, 100, 1000):
     error, residual = errors(torch.linspace(1, kappa, 3000).double(), 250)
     error, residual = error[error > 1e-8], residual[: (error > 1e-8).sum()]
@@ -514,6 +521,7 @@ assert (curves["spread evenly"] > 1e-6).sum() > 40
 
 # %%
 
+# Draw the polynomials, and the errors over the products.
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
 styles = {"blue": "-", "orange": "--", "green": "-."}.items()
 for k, (color, style) in enumerate(styles, start=1):
@@ -568,6 +576,7 @@ def two_residuals(dtype):
 
 # %%
 
+# Draw both residuals in both formats, and check the floor.
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 for dtype, color in ((torch.float32, "orange"), (torch.float64, "blue")):
     carried, true = two_residuals(dtype)
@@ -648,6 +657,7 @@ torch.testing.assert_close(rescaled / E, path[: len(rescaled)])
 
 # %%
 
+# Draw the residuals with and without M.
 fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
 ax.semilogy(plain.residuals, "--", c=COLORS["orange"], label="without M")
 ax.semilogy(scaled.residuals, c=COLORS["blue"], label="with M")
@@ -680,6 +690,7 @@ _ = describe(
 # and with the `Hessian <plot_1_newton_step.html#hessian>`__ on the weights.
 # They run in float64.
 
+# Train the tutorial's network with Adam for 150 steps.
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP
 
@@ -740,6 +751,7 @@ assert (products[1:] / products[:-1] < 10**0.5).all() and products[-1] < 50
 
 # %%
 
+# Draw the residuals for the four dampings.
 fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
 colors = ("blue", "green", "orange", "purple")
 for (damping, result), color in zip(solves.items(), colors, strict=True):
@@ -826,6 +838,7 @@ assert k < result.products / 2 and missing[k] < 0.1
 
 # %%
 
+# Draw the residual and the missing decrease.
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 ax.semilogy(relative, "o-", c=COLORS["orange"], ms=4, label="residual")
 ax.semilogy(
@@ -896,6 +909,7 @@ torch.testing.assert_close(stopped.x, b)
 
 # %%
 
+# Draw the saddle, and both solves.
 fig, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
 contours(ax, torch.diag(diagonal), b, torch.zeros(2), 2.1)
 ax.plot(*path.T, "o--", color=COLORS["orange"], label="plain CG")
@@ -944,6 +958,7 @@ assert plain.products > 2 * stopped.products
 
 # %%
 
+# Draw the quadratic model over the products.
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 ax.plot(model_values, "o--", c=COLORS["orange"], ms=4, label="plain CG")
 ax.plot(model_values[: last + 1], "s-", c=COLORS["blue"], label="stopped")

@@ -69,6 +69,7 @@ To run this page yourself, download it from its end, and install its package:
 # The settings are those of the published run. The device is an accelerator if
 # this machine has one, else the CPU.
 
+# What this page imports.
 import inspect
 
 import torch
@@ -249,6 +250,7 @@ assert accuracies[-1] > 0.8
 
 # %%
 
+# Draw the loss and the accuracy.
 from matplotlib import pyplot as plt
 
 from cgn_tutorial.plotting import COLORS, describe, plot_histories
@@ -321,6 +323,7 @@ for when, rows in tables.items():
 
 # %%
 
+# Draw the curvature and the step of each layer.
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
 for (when, rows), color, marker in zip(
     tables.items(), ("blue", "orange"), "os", strict=True
@@ -441,6 +444,9 @@ def run(make_optimizer, seed=SEED, log_every=PRINT_EVERY):
     )
 
 
+# %%
+
+# Train all nine, with a line of log every ten steps.
 histories = {}
 for label, make_optimizer in OPTIMIZERS.items():
     print(label)
@@ -460,6 +466,7 @@ assert max(histories["SGD, lr=10"].loss) > 3
 # markers. On the right they soon leave the picture. With a learning rate of 10,
 # SGD starts with a jump that leaves both panels of the loss.
 
+# Draw all nine runs, on two scales each.
 figure, axes = plt.subplots(2, 2, figsize=(7, 6))
 for row, name in zip(axes, ("loss", "accuracy"), strict=True):
     for ax in row:
@@ -538,6 +545,7 @@ for lam, history, row in zip(dampings, by_damping, ratio, strict=True):
 
 # %%
 
+# Draw the runs, and the first steps over the damping.
 from cgn_tutorial.plotting import explorable
 
 figure, axes = plt.subplot_mosaic(
@@ -591,6 +599,7 @@ _ = explorable(figure, "runs", data)
 # with 0.01, for about twice the products. With 0.0001 it falls as soon, for
 # still more of them, but does not stay as low.
 
+# Check what the next lines say.
 late_losses = [sum(history.loss[-10:]) / 10 for history in by_damping]
 totals = [sum(history.products) for history in by_damping]
 soonest = [
@@ -638,6 +647,7 @@ assert all(len(solves) == 8 for solves in stopping[0].solves)
 
 # %%
 
+# Draw the losses, and how many solves stopped.
 compared = {
     "GGN": histories["GGN"],
     "Hessian, plain CG": histories["Hessian"],

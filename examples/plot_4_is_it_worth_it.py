@@ -72,6 +72,7 @@ for seed in SEEDS:
 
 # %%
 
+# Draw the losses of all runs.
 from matplotlib import pyplot as plt
 
 from cgn_tutorial.plotting import COLORS, describe
@@ -124,6 +125,7 @@ print("after 200 steps:" + " " * 16, *(f"{loss:.2f}" for loss in layerwise))
 # rates SGD takes more than twice the steps; whether others would need fewer was
 # not tried.
 
+# Check it, seed by seed.
 for curved, convolutions, last in zip(
     late("GGN everywhere"),
     late("zero in both convolutions"),
@@ -176,6 +178,7 @@ for seed in SEEDS:
 
 # %%
 
+# Draw the test accuracy over steps and over seconds.
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
 styles = zip(
     ("orange", "blue", "purple", "green"), ("--", "-", ":", "-"), strict=True
@@ -288,6 +291,7 @@ for label, tests in found.items():
 
 # %%
 
+# Draw the squared error over steps and over seconds.
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.3), sharey=True)
 styles = zip(
     ("orange", "gray", "green", "purple", "blue"),

@@ -28,6 +28,7 @@ To run this page yourself, download it from its end, and install its package:
 # A residual network adds the input of a branch to its output, and usually
 # normalises over the batch: here is one for MNIST, small enough for a page.
 
+# A residual network: modules, and the branch that is added.
 import torch
 from backpack import backpack, extend
 from backpack.extensions import GGNMP
@@ -285,6 +286,7 @@ else:
 # tutorial's network and a batch of 64 images, in units of one gradient, which
 # is a forward and a backward pass:
 
+# Time functions in turns.
 import statistics
 import time
 
@@ -333,6 +335,7 @@ times = medians(candidates)
 
 # %%
 
+# Draw the times of the products.
 import matplotlib.pyplot as plt
 
 from cgn_tutorial.plotting import COLORS, describe
@@ -420,6 +423,7 @@ def dense_step(model):
 # matrix-free way needs half a dozen vectors for CG and what the two graphs
 # hold on to, which PyTorch reports as it saves it.
 
+# Count the bytes that the graphs hold on to.
 from torch.autograd.graph import saved_tensors_hooks
 
 
@@ -461,6 +465,7 @@ GB = 1e9
 
 # %%
 
+# Draw seconds and memory over the number of parameters.
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
 blue, orange = COLORS["blue"], COLORS["orange"]
 dense_n = n[: len(seconds["dense"])]
@@ -545,6 +550,7 @@ def run(blocks, seed, tol, enough=lambda steps, products: steps == STEPS):
 # First at equal tolerances, for 16 steps.
 
 
+# Print a line of the comparison.
 def report(label, tol, runs):
     late = ", ".join(f"{statistics.median(run[0][-5:]):.2f}" for run in runs)
     steps, products = len(runs[0][0]), sum(sum(run[1]) for run in runs) / 3
@@ -572,6 +578,7 @@ report("network", 0.1, runs["network", "equal"])
 
 # %%
 
+# Draw the losses over steps, and over products.
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
 for ax, tol in zip(axes, (0.01, 0.1), strict=True):
     for label, color, line in zip(
@@ -619,6 +626,7 @@ _ = describe(
 #   here. A more exact solution of a model of one mini-batch is not a safer step.
 
 
+# Check all of it, seed by seed.
 def late(label, tol):
     return [
         statistics.median(losses[-5:]) for losses, _, _ in runs[label, tol]
@@ -687,6 +695,7 @@ for i, name in enumerate(NAMES[:4]):
 
 # %%
 
+# Draw the shares, and the lengths of the steps.
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
 rows = torch.arange(4)
 left.barh(rows, share, color=COLORS["blue"])
@@ -831,6 +840,7 @@ assert reached > 0.9
 
 # %%
 
+# Draw both losses.
 fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
 ax.plot(residual_losses, c=COLORS["blue"], label="residual network")
 ax.plot(row_losses, "--", c=COLORS["orange"], label="transformer")

@@ -261,6 +261,7 @@ one, reordered = train_alone(), train_alone(reverse=True)
 
 # %%
 
+# Draw both losses.
 from matplotlib import pyplot as plt
 
 from cgn_tutorial.plotting import COLORS, describe

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
+import platform
 import re
 from pathlib import Path
 from textwrap import dedent
@@ -16,7 +18,9 @@ from typing import Any
 from urllib.parse import urljoin
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
+import torch
 from docutils import nodes
+from fold import to_html
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx_gallery.downloads import generate_zipfiles
@@ -24,6 +28,8 @@ from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
 from sphinx_gallery.notebook import jupyter_notebook
 from sphinx_gallery.py_source_parser import split_code_and_text_blocks
 from sphinx_gallery.utils import zip_files
+
+from cgn_tutorial import default_device
 
 FIGURES = Path(__file__).with_name("figures.py")
 
@@ -93,6 +99,10 @@ def notebook(page: Path, config: Config) -> dict[str, Any]:
         "promote_jupyter_magic": False,
     }
     _, blocks = split_code_and_text_blocks(str(page))
+    blocks = [
+        block._replace(content=to_html(block.content)) if block.type == "text" else block
+        for block in blocks
+    ]
     made: dict[str, Any] = jupyter_notebook(blocks, conf, str(page.parent))
     for cell in made["cells"]:
         if cell["cell_type"] == "markdown":
@@ -140,11 +150,42 @@ def highlight_printed_source(app: Sphinx, doctree: nodes.document) -> None:
             block["language"] = "python"
 
 
+def say_where_it_ran(app: Sphinx, doctree: nodes.document) -> None:
+    """Complete what Sphinx-Gallery says of a page's running time by what it ran on."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        time = re.match(
+            r"Total running time of the script: \((\d+) minutes? ([\d.]+) seconds?\)",
+            paragraph.astext(),
+        )
+        if time:
+            minutes, seconds = int(time[1]), float(time[2])
+            took = f"{60 * minutes + seconds:.0f} seconds"
+            paragraph.children = [nodes.Text(f"This page ran in {took}, on {machine()}.")]
+
+
+def machine() -> str:
+    """The processor or the accelerator that the pages run on, and PyTorch."""
+    if (device := default_device()).type == "cpu":
+        models = re.findall(r"(?m)^model name\s*: (.+)", _cpuinfo())
+        name = " ".join((models or [platform.machine()])[0].split())
+        name = f"{os.cpu_count()} cores ({name})"
+    else:
+        name = torch.get_device_module(device).get_device_name()
+    return f"{name}, with PyTorch {torch.__version__.partition('+')[0]}"
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor, or nothing."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect all to the build, before Sphinx-Gallery looks at the pages, after it, and later."""
     app.add_config_value("wheel", "", "html", str)
     app.connect("builder-inited", forget_results, priority=100)
     app.connect("builder-inited", write_notebooks, priority=900)
     app.connect("doctree-read", highlight_printed_source)
+    app.connect("doctree-read", say_where_it_ran)
     app.connect("build-finished", pack_everything)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
