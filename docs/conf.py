@@ -49,7 +49,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Source", "notes_style")]
 
 copybutton_exclude = ".linenos, .gp, .go"
-copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre"
+copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre, pre.literal-block"
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",

@@ -1,6 +1,6 @@
 r"""
-Conjugate gradients from scratch
-================================
+2. Conjugate gradients from scratch
+===================================
 
 A Newton step, as `page 1 <plot_1_newton_step.html>`__ derives it, is the
 solution of a linear system :math:`A x = b`: the matrix is the damped curvature
@@ -1015,3 +1015,33 @@ assert len(theirs) == result.products and difference < 1e-10
 # A product, a damping and a tolerance are all that a Newton step needs. The
 # `main page <plot_3_matrix_free_optimization.html>`__ makes an optimizer of
 # them.
+#
+# Check yourself
+# --------------
+#
+# .. fold:: One matrix has the condition number 100, another one 10,000. How many
+#     times as many products does the bound allow for the second, to the same accuracy?
+#
+#    About ten times as many: it goes with :math:`\sqrt{\kappa}`.
+#
+# .. fold:: A matrix of a million rows has four distinct eigenvalues. After how many
+#     products does CG end, without rounding?
+#
+#    After four at most: there is a polynomial of degree four that is 1 at zero and
+#    zero at all of them.
+#
+# .. fold:: The first product of a solve finds :math:`p^\top A p < 0`. What does
+#     ``cg`` return, and is it a direction downhill?
+#
+#    The right-hand side :math:`b = -g`. It is, since
+#    :math:`g^\top b = -\lVert g \rVert^2 < 0`.
+
+# Check the first two answers.
+steps = []
+for kappa in (100, 10_000):
+    rate = (kappa**0.5 - 1) / (kappa**0.5 + 1)
+    steps.append(math.log(2e6) / -math.log(rate))  # to an error of 1e-6
+assert abs(steps[1] / steps[0] - 10) < 0.1
+
+four = torch.tensor([1.0, 2.0, 5.0, 9.0]).double().repeat(250)
+assert cg(four.mul, torch.randn(1000).double(), tol=1e-10).products == 4

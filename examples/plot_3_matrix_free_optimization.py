@@ -1,6 +1,6 @@
 r"""
-Matrix-free second-order optimization
-=====================================
+3. Matrix-free second-order optimization
+========================================
 
 Can an optimizer train a network in 50 steps, if gradient descent has not even
 begun to by then? This page writes one that does. At each step it asks for the
@@ -10,16 +10,6 @@ block diagonal of a curvature matrix, matrix-free. It is tried on MNIST, with a
 convolutional network full of sigmoids. Each sigmoid shrinks the gradient that
 flows back through it, and the first layers hardly receive any: gradients
 vanish, and gradient descent has a hard time.
-
-What may curvature do about it? If a parameter's effect on the outputs shrinks
-by a factor :math:`s`, its gradient shrinks by :math:`s`, and what the outputs
-contribute to its curvature by :math:`s^2`. Gradient descent then takes a step
-:math:`s` times as long, where one :math:`1 / s` times as long is needed. A step
-divided by the curvature is just that. But the division is damped: a number
-:math:`\lambda` is added to the curvature, and where it is the larger of the
-two, the step is the gradient over :math:`\lambda`, whatever the curvature. Both
-cases occur in this network, and `a table below
-<#what-the-step-does-in-each-layer>`__ says where.
 
 At the parameters :math:`x_t`, replace the loss :math:`L` by its local
 quadratic model,
@@ -63,6 +53,81 @@ To run this page yourself, download it from its end, and install its package:
 """
 
 # %%
+# Two layers, one of them shrunk
+# ------------------------------
+#
+# What may curvature do about vanishing gradients? If a parameter's effect on the
+# outputs shrinks by a factor :math:`s`, its gradient shrinks by :math:`s`, and
+# what the outputs contribute to its curvature by :math:`s^2`. Gradient descent
+# then takes a step :math:`s` times as long, where one :math:`1 / s` times as long
+# is needed. A step divided by the curvature is just that. But the division is
+# damped: :math:`\lambda` is added to the curvature, and where it is the larger of
+# the two, the step is the gradient over :math:`\lambda`, whatever the curvature.
+# Take two parameters, the gradient of both 1 and the curvature of both 1, and
+# shrink the second one:
+
+import torch
+
+from cgn_tutorial.plotting import COLORS, describe
+
+LAM = 1e-2
+s = torch.tensor([1.0, 0.3, 0.01])  # the first, and two ways to shrink another
+g, C = s, s**2
+for i in range(3):
+    print(
+        f"s = {s[i]:.2f}: gradient {g[i]:.2f}, curvature {C[i]:.4f},", end=" "
+    )
+    print(f"step {g[i] / C[i]:.0f}, damped {g[i] / (C[i] + LAM):.2f}")
+
+# %%
+
+# Draw gradient, curvature and steps of both, and the damped step over s.
+from matplotlib import pyplot as plt
+
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(7, 3.2), sharey=True, layout="constrained"
+)
+bars = {"gradient": g, "curvature": C, "step g / C": g / C}
+bars["damped step"] = g / (C + LAM)
+for i, (shift, color) in enumerate(
+    ((-0.27, "gray"), (0, "blue"), (0.27, "orange"))
+):
+    style = {"width": 0.25, "color": COLORS[color]}
+    style["label"] = f"shrunk, s = {s[i]:g}" if i else "not shrunk"
+    left.bar(torch.arange(4) + shift, [v[i] for v in bars.values()], **style)
+left.set_xticks(range(4), [name.replace(" ", "\n", 1) for name in bars])
+left.set(yscale="log", ylim=(1e-5, 2e3), ylabel="size")
+left.legend(fontsize=8, loc="upper left", frameon=False)
+line = torch.logspace(-3, 0, 100)
+right.loglog(line, 1 / line, "--", c=COLORS["gray"], label="g / C")
+right.loglog(line, line / (line**2 + LAM), c=COLORS["green"], label="damped")
+right.loglog(line, line, ":", c=COLORS["gray"], label="gradient")
+right.axvline(LAM**0.5, color="gray", lw=0.5)
+right.text(LAM**0.5 * 1.15, 3e-5, "s² = λ")
+right.set(xlabel="s, how far it is shrunk", xlim=(1e-3, 1))
+right.legend(fontsize=8)
+_ = describe(
+    figure,
+    "Left: bars of gradient, curvature, step and damped step of a parameter"
+    " that is not shrunk, and of one that is shrunk by 0.3 or by 0.01. The"
+    " undamped step grows as the gradient shrinks, the damped one grows for"
+    " 0.3 and is back at 1 for 0.01. Right: over s, the damped step follows the"
+    " undamped one down to where s squared is the damping, and then falls with"
+    " the gradient.",
+)
+
+# %%
+# Down to where :math:`s^2` is the damping, the thin line, the step grows as it
+# should. From there on it falls with the gradient, and is :math:`1 / \lambda`
+# times as long. Both cases occur in the network of this page, and `a table below
+# <#what-the-step-does-in-each-layer>`__ says where.
+
+damped = line / (line**2 + LAM)
+peak = line[damped.argmax()]
+assert abs(peak / LAM**0.5 - 1) < 0.05
+assert abs(damped[0] * LAM / line[0] - 1) < 0.01
+
+# %%
 # Configuration
 # -------------
 #
@@ -72,7 +137,6 @@ To run this page yourself, download it from its end, and install its package:
 # What this page imports.
 import inspect
 
-import torch
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
 from torch import nn
@@ -183,7 +247,8 @@ assert first < last / 100
 # curvature only, every iterate of CG points downhill, and the next batch will
 # have another curvature anyway.
 #
-# This is the optimizer's step, from the source of the package. First all
+# This is the step of the optimizer, ``CGNOptimizer`` for conjugate-gradient
+# Newton, from the source of the package. First all
 # blocks are solved, then all parameters move.
 
 print(inspect.getsource(CGNOptimizer.step))
@@ -203,8 +268,8 @@ print(inspect.getsource(CGNOptimizer._solve))
 # ---------------------
 #
 # The generalized Gauss–Newton matrix (GGN) is the first of the four curvature
-# matrices to try. BackPACK has to follow the backward pass, so model and loss
-# are extended, once.
+# matrices to try. BackPACK follows the passes through each module, so ``extend``
+# makes model and loss known to it, once.
 
 torch.manual_seed(SEED)
 model = extend(make_model().to(device))
@@ -222,7 +287,8 @@ optimizer = CGNOptimizer(
 # %%
 # The training loop is the usual one, but for one line: inside
 # ``with backpack(...)``, ``backward()`` leaves on each parameter not only its
-# gradient, but also the function that multiplies with its block of the GGN.
+# gradient, but also the function that multiplies with its block of the GGN. The
+# attribute that holds it is named by the extension, ``GGNMP().savefield``.
 
 losses, accuracies = [], []
 for i, (inputs, targets) in zip(range(STEPS), loader, strict=False):
@@ -251,9 +317,7 @@ assert accuracies[-1] > 0.8
 # %%
 
 # Draw the loss and the accuracy.
-from matplotlib import pyplot as plt
-
-from cgn_tutorial.plotting import COLORS, describe, plot_histories
+from cgn_tutorial.plotting import plot_histories
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
 left.plot(losses, color=COLORS["blue"])
@@ -698,6 +762,33 @@ assert all(late(histories["GGN"]) < late(history) for history in stopping)
 # What to take home
 # -----------------
 #
+# Three of the runs, from the same weights on the same batches:
+
+# Draw three runs, and write beside each which it is.
+best = min(
+    (label for label in OPTIMIZERS if label.startswith("SGD")),
+    key=lambda label: late(histories[label]),
+)
+figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+for label, color, style, place, name in (
+    (best, "gray", "--", (50, 2.42), "SGD, the best of five rates"),
+    ("Hessian", "orange", "-.", (50, 2.12), "the Hessian, with plain CG"),
+    ("GGN", "blue", "-", (18, 1.2), "Newton-CG, with the GGN"),
+):
+    ink = COLORS[color]
+    ax.plot(histories[label].loss, style, color=ink, lw=2)
+    ax.text(*place, name, color=ink, ha="right", size=12)
+ax.set(xlabel="step", ylabel="loss of the batch", xlim=(0, 50), ylim=(0, 2.8))
+for side in ("top", "right"):
+    ax.spines[side].set_visible(False)
+_ = describe(
+    figure,
+    "The loss of three runs over 50 steps. Gradient descent at the best of five"
+    " learning rates, and Newton's method with the Hessian and plain CG, stay at"
+    " 2.3. Newton-CG with the GGN falls to below 0.5.",
+)
+
+# %%
 # - In these 50 steps, SGD does not train this model, at any of five learning
 #   rates that span four orders of magnitude. A step of SGD is also much
 #   cheaper, and 50 are few: in more of them it gets there, too, and how they
@@ -760,3 +851,28 @@ for label in histories:
     else:
         assert loss < (1e-4 if label.startswith("SGD") else 2e-3)
         assert images <= 1
+
+# %%
+# Check yourself
+# --------------
+#
+# .. fold:: A layer's largest curvature is 1e-4. With the settings of this page, which
+#     learning rate of SGD takes about the same step in it?
+#
+#    :math:`\gamma / \lambda = 0.1 / 0.01 = 10`: next to the damping, the curvature
+#    does not count.
+#
+# .. fold:: A parameter's effect on the outputs is halved. What becomes of its gradient,
+#     its curvature and its undamped Newton step?
+#
+#    The gradient is halved, the curvature quartered, so that the step doubles.
+#
+# .. fold:: Along CG's first direction, :math:`b = -g`, the damped curvature is negative.
+#     Where does plain CG go?
+#
+#    To the maximum of the model along that line: :math:`\alpha = r^\top r / p^\top A p`
+#    is negative, so that it goes along :math:`g`, uphill.
+
+# Check the first two answers.
+assert abs(0.1 / (1e-4 + 0.01) / 10 - 1) < 0.02
+assert (0.5 / 0.25) / (1 / 1) == 2

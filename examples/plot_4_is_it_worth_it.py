@@ -1,6 +1,6 @@
 r"""
-Is it worth it?
-===============
+4. Is it worth it?
+==================
 
 And Adam? `Page 3 <plot_3_matrix_free_optimization.html>`__ trained a network in
 50 steps, on which 50 steps of gradient descent do nothing. But a Newton step
@@ -382,3 +382,27 @@ for damping in (2e-4, 5e-4, 1e-2):
 # batch has to be small. Where there is no time to tune: a damping that
 # is too small without a bound on the step, or too large, never gets there on the
 # map. And on the autoencoder, where Adam takes many more steps in the same time.
+#
+# Check yourself
+# --------------
+#
+# .. fold:: One method gets there in 30 steps of twelve gradients each, another one in
+#     300 steps of one gradient. Which is the faster?
+#
+#    The second: 300 gradients against 360.
+#
+# .. fold:: With a damping of 0.03, the loss fell by a tenth of what the model had
+#     promised. What does the rule of Levenberg and Marquardt do?
+#
+#    It keeps the step, as the loss is lower, and raises the damping to 0.045, as
+#    :math:`\rho = 0.1` is below 1/4.
+#
+# .. fold:: What would the first experiment have shown if the linear layers' curvature
+#     were of no use?
+#
+#    That the loss falls as well with zero in all but the last layer as with zero in
+#    both convolutions.
+
+# Check the first two answers.
+assert 30 * 12 > 300 * 1 and 0.1 < 1 / 4
+assert abs(0.03 * 3 / 2 - 0.045) < 1e-12

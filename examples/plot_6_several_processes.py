@@ -1,6 +1,6 @@
 r"""
-Several processes, one Newton step
-==================================
+6. Several processes, one Newton step
+=====================================
 
 What if a batch is too large for one device, or too slow on it? Several
 processes share it, each with a copy of the network. Gradients are then
@@ -352,3 +352,25 @@ print(f"the best number of processes: {best:.0f}")
 # Ten times the work would pay for three times the processes. The `benchmarks
 # <../benchmarks.html#several-processes>`__ have measured times and bytes, and the
 # formula with the bandwidth.
+#
+# Check yourself
+# --------------
+#
+# .. fold:: Four processes have 100, 100, 100 and 20 samples. With which weight does the
+#     last one count in a product?
+#
+#    With 20/320, a sixteenth.
+#
+# .. fold:: Why is it not enough to average the steps of all processes?
+#
+#    A step is not linear in the curvature: the mean of solutions is not the solution
+#    for the mean matrix.
+#
+# .. fold:: Two seconds of work, 40 products, 50 microseconds of latency: how many
+#     processes give the shortest step?
+#
+#    :math:`\sqrt{2 / (2 \cdot 40 \cdot 5 \cdot 10^{-5})} \approx 22`.
+
+# Check the answers that are numbers.
+assert 20 / 320 == 1 / 16
+assert round((2 / (2 * 40 * 50e-6)) ** 0.5) == 22

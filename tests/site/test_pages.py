@@ -8,10 +8,12 @@ THEMES = ("light", "dark")
 WIDTHS = (375, 1280)
 MAIN = "auto_examples/plot_3_matrix_free_optimization.html"
 
-#: What a page shows, in one look. Text is what is neither code nor a formula. Words are those of
-#: the article without the figures to move: without scripts, what those say stands in a picture.
+#: What a page shows, in one look, with all its folds open. Text is what is neither code nor a
+#: formula. Words are those of the article without the figures to move, which are pictures without
+#: scripts, and without the wheel's address, which is a file's name there.
 LOOK = r"""
 () => {
+  for (const fold of document.querySelectorAll("details.fold")) fold.open = true;
   const shown = (element) => element.getClientRects().length > 0;
   const files = (kind) => [...document.querySelectorAll(`article img.only-${kind}`)].filter(shown);
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -23,7 +25,7 @@ LOOK = r"""
   }
   const formulas = [...document.querySelectorAll("math")];
   const images = [...document.querySelectorAll("img")].filter(shown);
-  const moving = [...document.querySelectorAll(".explore")];
+  const moving = [...document.querySelectorAll(".explore, pre a[href$='.whl']")];
   const show = (display) => moving.forEach((figure) => { figure.style.display = display; });
   show("none");
   const words = document.querySelector("article")?.innerText.replace(/\s+/g, " ").trim();
@@ -67,6 +69,7 @@ RULES_ABOUT_COLOUR = ["color-contrast", "link-in-text-block"]
 #: Colour contrast depends on a token's class alone: axe looks at one of each, or it takes minutes.
 THIN_OUT_CODE = """
 () => {
+  for (const fold of document.querySelectorAll("details.fold")) fold.open = true;
   const seen = new Set();
   for (const token of [...document.querySelectorAll(".highlight span[class]")]) {
     const kind = token.className + Boolean(token.closest(".sphx-glr-script-out"));

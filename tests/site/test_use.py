@@ -6,6 +6,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import PAGES, ROOT
 
+WHEEL_COMMAND = "pre:has(a[href$='.whl'])"
 TUTORIAL = [path for path in PAGES if path.startswith("auto_examples/plot_")]
 
 
@@ -61,7 +62,10 @@ def test_copy_buttons_copy_code_alone(page_path, source, address, visit, tally):
     else:  # a page may print what the package runs
         package = "".join(path.read_text() for path in ROOT.glob("src/*/*.py"))
         code = {line.strip() for line in [*lines, *package.splitlines()]}
+    if page_path == "index.html":
+        code.add(page.locator(WHEEL_COMMAND).inner_text().strip())
     assert page.locator(".sphx-glr-script-out button.copybtn").count() == 0
+    page.locator("details.fold").evaluate_all("all => all.forEach(fold => { fold.open = true; })")
     buttons = page.locator("button.copybtn").all()
     for button in buttons:
         page.evaluate("navigator.clipboard.writeText('nothing')")
@@ -72,6 +76,39 @@ def test_copy_buttons_copy_code_alone(page_path, source, address, visit, tally):
         assert copied
         assert {line.strip() for line in copied.splitlines()} - code <= {""}
     tally("code blocks × address: copied without output and prompts", len(buttons))
+
+
+@pytest.mark.parametrize("page_path", TUTORIAL)
+@pytest.mark.parametrize("scripts", [True, False])
+def test_folds_open_and_are_printed_open(page_path, scripts, server, visit, tally):
+    page = visit(f"{server}/{page_path}", java_script_enabled=scripts)
+    folds = page.locator("details.fold").all()
+    lines = [fold.locator("> summary").inner_text() for fold in folds]
+    assert len([line for line in lines if line.endswith("?")]) >= 3  # to check oneself
+    assert any(line.startswith("Draw ") for line in lines)
+    seen = "(inside) => inside.checkVisibility()"
+    for fold, line in zip(folds, lines, strict=True):
+        inside = fold.locator("> :not(summary)").last
+        assert line
+        assert not inside.evaluate(seen)
+        page.emulate_media(media="print")
+        assert inside.evaluate(seen)
+        page.emulate_media(media="screen")
+        fold.locator("> summary").press("Enter")
+        assert inside.evaluate(seen)
+    assert page.problems == []
+    tally("folds: closed at first, opened by the keyboard, open in print", len(folds))
+
+
+def test_the_command_names_the_wheel_by_its_address(address, visit, tally):
+    page = visit(f"{address}/index.html")
+    command = page.locator(WHEEL_COMMAND).inner_text().strip()
+    assert command.startswith("pip install ")
+    wheel = command.split()[2]
+    assert wheel.startswith(f"{address}/cgn_tutorial-")
+    if address.startswith("file:"):
+        assert Path(unquote(urlsplit(wheel).path)).is_file()
+    tally("front page × address: the command names the wheel by its address")
 
 
 @pytest.mark.parametrize(
