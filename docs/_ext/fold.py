@@ -25,11 +25,11 @@ from sphinx.writers.html5 import HTML5Translator
 LONG = 25  # lines of an output, beyond which it may fold
 
 
-class fold(nodes.container):  # noqa: N801, as docutils names nodes
+class fold(nodes.container):  # type: ignore[misc]  # noqa: N801, as docutils names nodes
     """What opens, below a `fold_line`."""
 
 
-class fold_line(nodes.TextElement):  # noqa: N801
+class fold_line(nodes.TextElement):  # type: ignore[misc]  # noqa: N801
     """The line that stays: what is folded."""
 
 

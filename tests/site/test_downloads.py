@@ -145,6 +145,17 @@ def test_a_notebook_shows_no_raw_markup(path):
 
 
 @pages("path", NOTEBOOKS)
+def test_a_notebook_folds_the_answers_to_its_questions(path):
+    texts = [cell.source for cell in notebook(path).cells if cell.cell_type == "markdown"]
+    text = "\n".join(texts)
+    folds = re.findall(r"<details><summary>(.+?)</summary>\n\n(.+?)\n\n</details>", text, re.DOTALL)
+    assert len(folds) >= 3
+    assert all(question.endswith("?") and "\n" not in question for question, _ in folds)
+    assert not any(line.startswith(" ") for _, answer in folds for line in answer.splitlines())
+    assert ".. fold" not in text
+
+
+@pages("path", NOTEBOOKS)
 def test_a_notebooks_links_lead_somewhere_from_anywhere(path):
     links = re.findall(r"\]\(([^)]+)\)", prose(path))
     notebooks = {other.name for other in NOTEBOOKS}
