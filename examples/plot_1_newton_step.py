@@ -418,7 +418,7 @@ assert smallest < 0
 from matplotlib.patches import Rectangle
 
 n, k = len(x_init), 3
-fig, ax = plt.subplots(figsize=(7, 2.7))
+fig, ax = plt.subplots(figsize=(5.6, 2.4))
 left = 0.0
 for name, rows, columns, color, after in (
     ("G", n, n, "green", "="),
@@ -433,9 +433,9 @@ for name, rows, columns, color, after in (
     ax.text(left + width / 2, 0.04, f"{rows} × {columns}", ha="center")
     ax.text(left + width + 0.12, -0.16, after, ha="center", fontsize=14)
     left += width + 0.24
-ax.text(1.6, -0.62, "a product with v, from right to left:")
-ax.text(1.6, -0.8, f"v: {n} numbers  →  J v: {k}  →  $H_L$ J v: {k}")
-ax.text(1.6, -0.98, f"→  Jᵀ $H_L$ J v: {n}")
+ax.text(1.62, -0.6, "a product with v, from right to left:", size=9)
+ax.text(1.62, -0.79, f"v: {n} numbers → J v: {k} → $H_L$ J v: {k}", size=9)
+ax.text(1.62, -0.98, f"→ Jᵀ $H_L$ J v: {n}", size=9)
 ax.set(xlim=(-0.05, left - 0.15), ylim=(-1.05, 0.15), aspect="equal")
 ax.set_axis_off()
 _ = describe(
@@ -613,7 +613,7 @@ for layer in (2, 1):
     g_z = s1 * delta
     met += [("$H_h$", layer + 1, H_h), ("$H_a = H_z$", layer, H_z)]
 
-fig, ax = plt.subplots(figsize=(7, 3.2))
+fig, ax = plt.subplots(figsize=(6.6, 3.1))
 steps, edge = ("σ′ · σ′ + r", "$W^⊤$ · W"), 0.0
 for i, (name, layer, matrix) in enumerate(met):
     half = 0.07 * len(matrix)

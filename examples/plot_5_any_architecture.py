@@ -133,13 +133,13 @@ from cgn_tutorial.plotting import COLORS, describe
 PASSES = (
     ("forward", "x", "z", "", "", "black"),
     ("forward", "z", "ℓ", "", "", "black"),
-    ("backward, keeps a graph", "ℓ", "z", "", "leaves $g_z$", "blue"),
-    ("backward, keeps a graph", "z", "x", "u", "leaves $J^⊤ u$", "blue"),
+    ("backward, with graph", "ℓ", "z", "", "leaves $g_z$", "blue"),
+    ("backward, with graph", "z", "x", "u", "leaves $J^⊤ u$", "blue"),
     ("through that graph", "x", "z", "p", "leaves J p", "orange"),
     ("through the graph of $g_z$", "z", "x", "J p", "leaves G p", "orange"),
 )
 place = {"x": 0.0, "z": 0.5, "ℓ": 1.0}
-fig, ax = plt.subplots(figsize=(7, 3))
+fig, ax = plt.subplots(figsize=(5.6, 3.6))
 for name, at in place.items():
     ax.text(at, 0.75, name, ha="center", size=13)
     ax.axvline(at, color="gray", lw=0.5, ymax=0.9)
@@ -156,7 +156,7 @@ for i, (how, start, end, reads, leaves, color) in enumerate(PASSES):
 ax.text(1.25, -1.5, "once\nper batch", ha="center", color=COLORS["blue"])
 ax.text(1.25, -4.7, "for each\nproduct", ha="center", color=COLORS["orange"])
 ax.axhline(-3.5, color="gray", lw=0.5, ls=":")
-ax.set(xlim=(-0.25, 1.4), ylim=(-5.4, 1.2))
+ax.set(xlim=(-0.22, 1.4), ylim=(-5.4, 1.2))
 ax.set_axis_off()
 _ = describe(
     fig,
