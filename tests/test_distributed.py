@@ -692,7 +692,7 @@ def test_the_loss_of_a_process_raises_in_the_others_within_the_timeout(how, proc
         assert "Another process does not answer" in found.message
         assert "start all of them again from a checkpoint" in found.message
         assert not found.moved
-        assert seconds < (2 if how == "SIGKILL" else TIMEOUT + 2)
+        assert seconds < (TIMEOUT if how == "SIGKILL" else TIMEOUT + 2)
 
 
 # The script to download, started by torchrun.
