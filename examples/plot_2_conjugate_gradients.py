@@ -564,14 +564,15 @@ _ = describe(
 # float64 for both number formats.
 
 
-def two_residuals(dtype):
-    eigenvalues = torch.logspace(0, 3, 60, dtype=dtype)
+def two_residuals(dtype, kappa=1e3, steps=180):
+    eigenvalues = torch.logspace(0, math.log10(kappa), 60, dtype=dtype)
     b = torch.ones(60, dtype=dtype)
     options = {"tol": 0, "atol": 0, "negative_curvature": "ignore"}
-    result, path = solve(eigenvalues.mul, b, maxiter=180, **options)
+    result, path = solve(eigenvalues.mul, b, maxiter=steps, **options)
     true = b.double() - eigenvalues.double() * path.double()
-    norm = b.double().norm()
-    return torch.tensor(result.residuals) / norm, true.norm(dim=1) / norm
+    norm, iterates = b.double().norm(), path.double().norm(dim=1)
+    carried = torch.tensor(result.residuals) / norm
+    return carried, true.norm(dim=1) / norm, kappa * iterates.max() / norm
 
 
 # %%
@@ -579,7 +580,7 @@ def two_residuals(dtype):
 # Draw both residuals in both formats, and check the floor.
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 for dtype, color in ((torch.float32, "orange"), (torch.float64, "blue")):
-    carried, true = two_residuals(dtype)
+    carried, true, _ = two_residuals(dtype)
     name = str(dtype).removeprefix("torch.")
     ax.semilogy(carried, "--", c=COLORS[color], label=f"{name}, recurrence")
     ax.semilogy(true, c=COLORS[color], label=f"{name}, b − A x")
@@ -602,14 +603,27 @@ _ = describe(
 # After 60 products, the thin line, neither is done: rounding spoils the
 # conjugacy to directions long past, and CG has to repeat itself. It gets there
 # later, but not below a floor, while the residual of the recurrence goes on
-# falling. (Rounding errors of the size of :math:`\lVert A \rVert \lVert x_k
-# \rVert` times the format's precision collect there, so that the floor rises with
-# the largest iterate on the way: Greenbaum, `Estimating the Attainable Accuracy of
-# Recursively Computed Residual Methods <https://doi.org/10.1137/S0895479895284944>`__,
-# 1997.) ``cg`` stops by the latter, so that tolerances
-# near the rounding of the format, 1e-7 in float32, promise too much. Above one
-# hundredth the two residuals agree to a percent, so that the tolerance of
-# training, 0.1, means what it says.
+# falling. ``cg`` stops by the latter, so that tolerances near the rounding of the
+# format, 1e-7 in float32, promise too much. Above one hundredth the two residuals
+# agree to a percent, so that the tolerance of training, 0.1, means what it says.
+#
+# How high is the floor? Rounding errors of the size of :math:`\lVert A \rVert
+# \lVert x_k \rVert` times the format's precision collect there: Greenbaum,
+# `Estimating the Attainable Accuracy of Recursively Computed Residual Methods
+# <https://doi.org/10.1137/S0895479895284944>`__, 1997, bounds it by a multiple of
+# the largest of them. In float64, at two condition numbers, and in roundings of
+# :math:`\lVert b \rVert`:
+
+for kappa, steps in ((1e3, 400), (1e6, 6000)):
+    _, true, largest = two_residuals(torch.float64, kappa, steps)
+    floor = true.min() / torch.finfo(torch.float64).eps
+    print(
+        f"κ = {kappa:.0e}: {floor:3.0f}, the largest ‖A‖ ‖x_k‖ {largest:.0e}"
+    )
+    assert 1 < floor < largest
+
+# %%
+# It rises with the condition number, here far less than the bound allows for.
 #
 # So the number of unknowns is no limit to rely on. Without a ``maxiter``,
 # ``cg`` allows ten products for each unknown, as SciPy does.
