@@ -16,6 +16,7 @@ version = release = runpy.run_path("../src/version.py")["VERSION"]
 wheel = f"cgn_tutorial-{version}-py3-none-any.whl"
 
 extensions = [
+    "backpack_support",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
@@ -82,7 +83,7 @@ html_extra_path = [
 ]
 html_css_files = ["site.css"]
 html_sidebars: dict[str, list[str]] = {
-    page: [] for page in ("api", "benchmarks", "experiments", "misuse", "notation")
+    page: [] for page in ("api", "benchmarks", "contributing", "experiments", "misuse", "notation")
 }  # no subpages
 html_baseurl = os.environ.get("SITE_URL", "")
 if html_baseurl:

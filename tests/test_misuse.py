@@ -5,9 +5,14 @@ The wrong numbers are tested by the page itself, which shows them.
 
 from __future__ import annotations
 
+import copy
 import doctest
+import gc
+import io
 import math
+import pickle
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +162,66 @@ def test_plain_backward_on_an_unused_product_raises(session):
     session.optimizer.zero_grad()
     session.loss().backward()
     session.refuses(RuntimeError, "No Newton step for parameter 0 .*input0")
+
+
+@both
+def test_dropout_in_train_mode_works(products):
+    masks = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        session = Session(products, nn.Linear(1, 1, bias=False), nn.Dropout(0.5))
+        session.backward()
+        mask = session.outputs.detach() / X  # zero or two
+        masks.add(tuple(mask.flatten().tolist()))
+        product = getattr(session.model[0].weight, session.optimizer.bp_extension.savefield)
+        one = torch.ones(1, 1) if session.autograd else torch.ones(1, 1, 1)
+        assert product(one).item() == pytest.approx(((mask * X) ** 2).sum().item())
+    assert len(masks) > 2
+
+
+@backpack_alone
+def test_deepcopy_of_an_extended_model_after_a_forward_pass_raises(session):
+    copy.deepcopy(session.model)
+    session.loss()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(session.model)
+
+
+@backpack_alone
+def test_pickling_an_extended_model_with_products_raises(session):
+    session.backward()
+    with pytest.raises((AttributeError, pickle.PicklingError), match="weight_ggnmp"):
+        pickle.dumps(session.model)
+
+
+@both
+def test_model_saves_after_step(session):
+    session.backward()
+    session.step()
+    file = io.BytesIO()
+    torch.save(session.model, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)[0].weight.item() == 0.0
+
+
+@both
+def test_state_dict_saves_at_any_time(session):
+    session.backward()
+    other = nn.Linear(1, 1, bias=False)
+    other.load_state_dict({"weight": session.model.state_dict()["0.weight"]})
+    assert other.weight.item() == 1.0
+
+
+@autograd_alone
+def test_graph_is_freed_by_the_step(session):
+    session.backward()
+    graph = weakref.ref(session.outputs)
+    del session.outputs
+    gc.collect()
+    assert graph() is not None
+    session.step()
+    gc.collect()
+    assert graph() is None
 
 
 @autograd_alone

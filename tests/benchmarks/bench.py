@@ -18,6 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from growth import bench_growth
+from loops import bench_loops, draw_diagnostics
 from matplotlib.figure import Figure
 from measuring import Row, draw, machine, write
 from processes import bench_processes
@@ -44,6 +45,8 @@ def results(quick: bool) -> Iterator[tuple[str, list[Row] | Figure]]:
     yield "processes", table
     yield "scaling", scaling
     yield "scaling", figure
+    yield "loops", bench_loops(quick)
+    yield "diagnostics", draw_diagnostics()
     yield "tried", bench_tried(quick)
     yield "products_tried", bench_products_tried(quick)
 

@@ -1,0 +1,141 @@
+"""The guides' loops: Newton steps, and SGD and Adam in as many steps and in as much time."""
+
+from __future__ import annotations
+
+import math
+import runpy
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from measuring import Row, seconds, summary
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial.plotting import COLORS
+
+FOLDER = Path(__file__).parents[2] / "docs" / "guides" / "loops"
+RATES = {"SGD": (0.03, 0.1, 0.3, 1.0, 3.0), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+NEWTON = {
+    "images": {"CGN": "images_cgn"},
+    "table": {"CGN": "table_cgn", "CGN, BackPACK": "table_backpack"},
+    "text": {"CGN": "text_cgn"},
+}
+STEPS = {"images": 40, "table": 100, "text": 40}
+
+Train = Callable[..., float]
+
+
+def load(name: str) -> Train:
+    """The function that a file trains with."""
+    train: Train = runpy.run_path(str(FOLDER / f"{name}.py"))["train"]
+    return train
+
+
+def runs(train: Train, steps: int, seeds: range, **options: Any) -> tuple[list[float], float]:
+    """The loss for each seed, and the median seconds of a run, without what comes before steps."""
+    losses: list[float] = []
+
+    def run(seed: int) -> None:
+        losses.append(train(**options, steps=steps, seed=seed))
+
+    before = seconds(lambda: train(**options, steps=1, seed=0))
+    took = [seconds(partial(run, seed)) for seed in seeds]
+    return losses, max(statistics.median(took) - before, 1e-9) * steps / (steps - 1)
+
+
+def best(train: Train, method: str, steps: int, seeds: range) -> tuple[float, list[float], float]:
+    """The rate with the least median loss, its losses, and seconds."""
+    with mock.patch("torch.optim.SGD", getattr(torch.optim, method)):
+        found = [(rate, *runs(train, steps, seeds, lr=rate)) for rate in RATES[method]]
+    return min(
+        found,
+        key=lambda of: statistics.median(x if math.isfinite(x) else math.inf for x in of[1]),
+    )
+
+
+def bench_loops(quick: bool) -> list[Row]:
+    """Each loop with each optimizer, in as many steps and in as much time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seeds = range(1 if quick else 3)
+    table = []
+    for name, files in NEWTON.items():
+        steps = 3 if quick else STEPS[name]
+        plain = load(name)
+
+        def row(way: str, steps: int, rate: str, losses: list[float], took: float) -> None:
+            table.append(
+                {
+                    "loop": f"{name}.py",  # noqa: B023
+                    "trained with": way,
+                    "steps": f"{steps:,}",
+                    "rate": rate,
+                    "loss": summary(losses, 3),
+                    "seconds": f"{took:.2f}",
+                }
+            )
+
+        for way, file in files.items():
+            losses, took = runs(load(file), steps, seeds)
+            row(way, steps, "", losses, took)
+            if way == "CGN":
+                available = took
+        rate, losses, took = best(plain, "SGD", steps, seeds)
+        row("SGD", steps, f"{rate:g}", losses, took)
+        as_long = max(2, round(steps * available / took))
+        for method in ("SGD", "Adam"):
+            rate, losses, took = best(plain, method, as_long, seeds)
+            row(f"{method}, in the time of CGN", as_long, f"{rate:g}", losses, took)
+    torch.set_num_threads(threads)
+    return table
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "goes well": {"lr": 0.3, "damping": 1e-2, "tol": 0.1, "maxiter": 50},
+    "goes badly": {"lr": 1.0, "damping": 1e-5, "tol": 0.01, "maxiter": 50},
+}
+SHADES = {"converged": "blue", "maxiter": "orange", "negative curvature": "red"}
+
+
+def draw_diagnostics() -> Figure:
+    """The products and the reasons of each block, on a run that goes well and one that does not."""
+    make_table = runpy.run_path(str(FOLDER / "table.py"))["make_table"]
+    figure, axes = plt.subplots(4, 2, figsize=(7, 6), sharex=True, sharey="row")
+    for column, (title, options) in zip(axes.T, RUNS.items(), strict=True):
+        torch.manual_seed(0)
+        inputs, targets = make_table(2000)
+        model = nn.Sequential(
+            nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+        )
+        curvature = GGN(layers(model))
+        optimizer = CGNOptimizer(model.named_parameters(), curvature, **options)
+        losses = []
+        for step in range(30):
+            rows = torch.randint(2000, (256,))
+            optimizer.zero_grad()
+            outputs = model(inputs[rows])
+            loss = mse_loss(outputs, targets[rows])
+            curvature.backward(loss, outputs)
+            optimizer.step()
+            losses.append(loss.item())
+            for ax, solve in zip(column[1:], optimizer.solves, strict=True):
+                ax.bar(step, solve.products, color=COLORS[SHADES[solve.reason]], width=0.9)
+        column[0].semilogy(losses, color="black")
+        column[0].set_title(title)
+        column[-1].set_xlabel("step")
+    axes[0, 0].set_ylabel("loss")
+    for ax, layer in zip(axes[1:, 0], range(1, 4), strict=True):
+        ax.set_ylabel(f"products,\nlayer {layer}")
+    handles = [Rectangle((0, 0), 1, 1, color=COLORS[color]) for color in SHADES.values()]
+    figure.legend(handles[:2], list(SHADES)[:2], loc="lower center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    return figure
