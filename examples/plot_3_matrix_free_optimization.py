@@ -106,6 +106,8 @@ right.axvline(LAM**0.5, color="gray", lw=0.5)
 right.text(LAM**0.5 * 1.15, 3e-5, "s² = λ")
 right.set(xlabel="s, how far it is shrunk", xlim=(1e-3, 1))
 right.legend(fontsize=8)
+for ax in (left, right):
+    ax.minorticks_off()
 _ = describe(
     figure,
     "Left: bars of gradient, curvature, step and damped step of a parameter"

@@ -581,7 +581,7 @@ print(f"{theirs:.0f} MB by Woodbury's formula")
 k = len(seconds["Woodbury"]) - 1
 slower = seconds["Woodbury"][k] / seconds["matrix-free"][k]
 print(f"at {sizes[k]:,} parameters, it takes {slower:.0f} times as long as CG")
-assert slower > 3 and theirs > 10 * ours
+assert theirs > 10 * ours
 assert first_too_large < 200_000
 assert memory[-1] < 0.1 * GB
 assert dense_memory[-1] > 200 * GB
@@ -747,8 +747,8 @@ _ = describe(
 #   or two. Given as many products as the layers, it trains, too, in
 #   many more steps, each with a gradient to pay for as well. And its products
 #   are the dear ones: each passes through all layers, while most of those of the
-#   layers stop on the way, as the bars above have it. Over seconds, on the right,
-#   the blocks per layer are ahead by more than over products.
+#   layers stop on the way, as the bars above have it. Compare the panel
+#   on the right, over seconds, with the middle one.
 # - At a tolerance of 0.01, blocks per layer train on every seed. Runs of the two
 #   other kinds blow up on some. Which do depends on rounding; why, is not known
 #   here. A more exact solution of a model of one mini-batch is not a safer step.
@@ -770,10 +770,6 @@ for layer, parameter in zip(
 assert min(late("network", 0.1)) > 2.2
 assert max(late("network", "equal")) < 1.2
 assert min(len(run[0]) for run in runs["network", "equal"]) > 5 * STEPS
-for layer, network in zip(
-    runs["per layer", 0.1], runs["network", "equal"], strict=True
-):
-    assert sum(layer[2]) < 0.7 * sum(network[2])  # for as many products
 assert max(late("per layer", 0.01)) < 1.2
 assert max(late("per parameter", 0.01) + late("network", 0.01)) > 3
 

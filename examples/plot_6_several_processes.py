@@ -38,7 +38,8 @@ To run this page yourself, download it from its end, and install its package:
 #
 # What is linear in the loss is a weighted mean as well: the gradient, the
 # Hessian, and its product with any direction :math:`p`. So is that of the
-# generalized Gauss-Newton matrix (GGN), since
+# `generalized Gauss-Newton matrix
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN), since
 # :math:`J^\top H_L J` is a sum with one term per sample. With 64 images
 # in four shards of equal size, the weights are 1/4. The network is a small one,
 # with room for a layer in its middle:
@@ -159,7 +160,7 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 # What has to be said, and what has not
 # -------------------------------------
 #
-# In conjugate gradients (CG), the data enter through :math:`g` and through the
+# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data enter through :math:`g` and through the
 # products alone. So the optimizer averages these, and each process does all the
 # rest for itself: its inner products, step lengths and stopping test are the
 # same in all of them, to the last bit, since they start from the same numbers.

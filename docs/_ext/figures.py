@@ -42,9 +42,11 @@ def scrape(block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any])
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save as SVG, so that the same drawing gives the same bytes."""
+    """Save as SVG, so that the same drawing gives the same bytes, and as few as it takes."""
     with mpl.rc_context({"svg.hashsalt": "figures"}):  # before each page, all settings are reset
         figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    svg = re.sub(r"(\d\d\.\d\d)\d+", r"\1", path.read_text("utf-8"))  # hundredths of a point do
+    path.write_text(re.sub(r"(?m)^ +", "", svg), "utf-8")
 
 
 def dark(svg: str) -> str:
