@@ -160,10 +160,11 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 # What has to be said, and what has not
 # -------------------------------------
 #
-# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data enter through :math:`g` and through the
-# products alone. So the optimizer averages these, and each process does all the
-# rest for itself: its inner products, step lengths and stopping test are the
-# same in all of them, to the last bit, since they start from the same numbers.
+# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data enter
+# through :math:`g` and through the products alone. So the optimizer averages
+# these, and each process does all the rest for itself: its inner products, step
+# lengths and stopping test are the same in all of them, to the last bit, since
+# they start from the same numbers.
 # That takes one message per product, an all-reduce, and here it is. (``share``
 # is :math:`n_i / N`. A process that fails has to go on answering, or the others
 # would wait for it; so it sends numbers that are not numbers, which make all of
