@@ -873,13 +873,26 @@ def test_fused_attention_is_named_with_its_remedy(curvature_type: type[Curvature
     assert not torch.equal(model.inner.weight, before)
 
 
-def test_a_compiled_model_is_named_with_its_remedy(curvature_type: type[Curvature]) -> None:
+@pytest.mark.parametrize("donated", [False, True])  # whether torch gives buffers away at backward
+def test_a_compiled_model_is_named_with_its_remedy(
+    curvature_type: type[Curvature], donated: bool
+) -> None:
+    torch.compiler.reset()
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     compiled = torch.compile(model, backend="aot_eager")
     curvature = curvature_type([model.parameters()])
-    (product,) = products_of(curvature, compiled, torch.randn(4, 3), LOSSES["cross-entropy"])
-    with pytest.raises(RuntimeError, match=r"what torch\.compile made twice.*not compiled"):
+
+    def product() -> None:
+        x = torch.randn(4, 3)
+        (product,) = products_of(curvature, compiled, x, LOSSES["cross-entropy"])
         product(torch.randn(1, 24))
+
+    message = r"what torch\.compile made twice.*not compiled"
+    with (
+        torch._functorch.config.patch(donated_buffer=donated),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        product()
 
 
 def test_an_operation_without_second_derivatives_is_named(

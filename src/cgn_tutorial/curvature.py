@@ -166,7 +166,7 @@ class Curvature:
             ValueError: The loss is not a single number, or does not depend on any parameter of the
                 blocks. For `GGN`: it depends on something else than the outputs, or one of them on
                 another, or an output has a hook.
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse, or torch cannot differentiate the graph once more.
         """
         if loss.numel() != 1:
             raise ValueError(f"The loss must be a single number, but has shape {list(loss.shape)}.")
@@ -176,7 +176,10 @@ class Curvature:
                 "under no_grad, or its output detached?"
             )
         z = (outputs,) if isinstance(outputs, Tensor) else outputs
-        gradients, multiply = self._differentiate(loss, [z_i for z_i in z if z_i.requires_grad])
+        try:
+            gradients, multiply = self._differentiate(loss, [z_i for z_i in z if z_i.requires_grad])
+        except RuntimeError as error:
+            raise RuntimeError(_explanation(str(error))) from error
         blocks = [tuple(p for p in block if p in gradients) for block in self.blocks]
         if not any(blocks):
             raise ValueError(
@@ -403,7 +406,9 @@ _EXPLANATIONS = {
     + "evaluate the model within torch.backends.cudnn.flags(enabled=False).",
     r"derivative for '?([\w:]+)'? is not implemented": _TWICE
     + "write it in terms of operations that it can.",
-    r"(torch\.compile) .*double backward": _TWICE.format("what {} made")
+    r"torch\.compile .*(double) backward|compiled with non-empty (donated) buffers": _TWICE.format(
+        "what torch.compile made"
+    )
     + "use the model that was not compiled.",
     r"modified by an (inplace operation)": "a tensor of the graph was changed by an {} after "
     "backward(): products serve until the parameters move, so evaluate the model again.",
