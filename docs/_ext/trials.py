@@ -114,7 +114,7 @@ class Verdict:
     def word(self) -> str:
         """What the table shows."""
         if self.error:
-            return f"raises: {1 + [*REMEDIES].index(known(self.error))}"
+            return f"raises\u00a0{1 + [*REMEDIES].index(known(self.error))}"
         if self.right:
             return "right, but zero" if self.zero else "right"
         return f"**wrong**, by {self.difference:.2g}"
@@ -170,9 +170,11 @@ def reference(case: Case, matrix: str) -> list[Tensor]:
                 J = differences(outputs, p.detach())
             blocks.append(J.T @ H_L @ J)
         else:
-            blocks.append(
-                differences(lambda q, z=outputs: gradient(lambda q: loss(z(q), y), q), p.detach())
-            )
+
+            def slope(q: Tensor, z: Callable[[Tensor], Tensor] = outputs) -> Tensor:
+                return gradient(lambda q: loss(z(q), y), q)
+
+            blocks.append(differences(slope, p.detach()))
     return blocks
 
 
@@ -278,7 +280,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum of both."""
-        return x + self.tanh(self.linear(x))
+        z: Tensor = x + self.tanh(self.linear(x))
+        return z
 
 
 class Only(nn.Module):
@@ -448,7 +451,7 @@ def all_verdicts(kind: str) -> dict[str, dict[str, Verdict]]:
 
 def table(kind: str) -> str:
     """The verdicts as a table in reStructuredText."""
-    header = ["Layer" if kind == "layers" else "Loss", *(f"`{whose}`" for whose in MATRICES)]
+    header = ["Layer" if kind == "layers" else "Loss", *MATRICES]
     rows = [header]
     rows += [
         [name, *(found[whose].word for whose in MATRICES)]
