@@ -1,4 +1,4 @@
-"""The directive `defaults`: a signature's arguments and their defaults, in one line per argument."""
+"""The directive `defaults`: the arguments of a signature, and their defaults."""
 
 from __future__ import annotations
 

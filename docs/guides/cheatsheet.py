@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from cgn_tutorial import GGN, CGNOptimizer, layers, make_model, mnist_loader
 
 torch.manual_seed(0)
-model, loader = make_model(), zip(range(3), mnist_loader(64))
+model, loader = make_model(), zip(range(3), mnist_loader(64), strict=False)
 
 # The loop
 curvature = GGN(layers(model))
