@@ -60,7 +60,7 @@ def test_the_version_and_the_authors_are_said_alike():
     assert re.search(r"^## \[(.+?)\]", changes, re.MULTILINE)[1] == release
 
 
-# What `guides/when` says of the races, from their tables, whose rows of a goal begin with the fastest.
+# What `guides/when` says of the races, from their tables; a goal's rows begin with the fastest.
 
 
 def table(name):
