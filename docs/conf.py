@@ -16,13 +16,14 @@ version = release = runpy.run_path("../src/version.py")["VERSION"]
 wheel = f"cgn_tutorial-{version}-py3-none-any.whl"
 
 extensions = [
-    "backpack_support",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
+    "backpack_support",
+    "defaults",
     "diff_names",
     "fold",
     "gallery",

@@ -1,14 +1,20 @@
 """BackPACK's blocks against a dense recursion, layer by layer, with autograd inside each layer."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
 from torch import Tensor, nn
-from torch.autograd.functional import hessian, jacobian
+from torch.autograd.functional import hessian
 from torch.func import functional_call
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "_ext"))
+
+import trials
 
 IMAGES, CLASSES = 2, 3
 MODIFICATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,45 +63,12 @@ def recursion_blocks(
     modify: Callable[[Tensor], Tensor],
     delta_power: int = 1,
 ) -> list[Tensor]:
-    """Dense blocks from the loss backwards, one image and one layer at a time.
+    """Dense blocks by the recursion that the table of BackPACK's products is judged by."""
 
-    A layer h ↦ f(h) passes on Jᵀ H J + modify(Σ_k δ_k ∇²f_k), with its Jacobian J, and H and δ what
-    came to its output, the matrix and the gradient; `delta_power=2` puts δ_k² in the sum.
-    """
-    blocks = [torch.zeros(p.numel(), p.numel()).double() for p in net.parameters()]
-    for n, label in enumerate(labels_for(loss_function)):
-        hidden = [images[n : n + 1]]
-        for layer in net:
-            hidden.append(layer(hidden[-1]).detach())
+    def loss(outputs: Tensor) -> Tensor:
+        return loss_function(outputs, labels_for(loss_function))
 
-        def loss(outputs: Tensor, label: Tensor = label) -> Tensor:
-            return loss_function(outputs, label[None]) / IMAGES
-
-        delta = jacobian(loss, hidden[-1])
-        H = hessian(loss, hidden[-1]).reshape(CLASSES, CLASSES)
-        end = len(blocks)
-        for layer, h in zip(reversed(net), reversed(hidden[:-1]), strict=True):
-            named = dict(layer.named_parameters())
-            start = end - len(named)
-            for i, (name, p) in enumerate(named.items(), start):
-                J = jacobian(
-                    lambda value, layer=layer, name=name, h=h: functional_call(
-                        layer, {name: value}, (h,)
-                    ),
-                    p.detach(),
-                ).reshape(len(H), p.numel())
-                blocks[i] += J.T @ H @ J
-            end = start
-            J = jacobian(layer, h).reshape(len(H), h.numel())
-            residual = hessian(
-                lambda value, layer=layer, delta=delta: (
-                    delta**delta_power * layer(value).view_as(delta)
-                ).sum(),
-                h,
-            ).reshape(h.numel(), h.numel())
-            H = J.T @ H @ J + modify(residual)
-            delta = (J.T @ delta.flatten()).view_as(h)
-    return blocks
+    return trials.recursion_blocks(net, images, loss, modify, delta_power)
 
 
 def backpack_blocks(

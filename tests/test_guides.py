@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import doctest
-import importlib
-import inspect
 import math
 import re
 import runpy
@@ -16,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from backpack import backpack, extend
-from backpack.extensions import GGNMP
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -218,109 +214,3 @@ def test_the_table_of_loops_says_what_the_page_does():
         newton, adam = loss["CGN"], loss["Adam, in the time of CGN"]
         assert adam < newton < loss["SGD"]
         assert (loss["SGD, in the time of CGN"] < newton) == (name == "text")
-
-
-# What BackPACK can take.
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    monkeypatch.syspath_prepend(GUIDES.parent / "_ext")
-    yield importlib.import_module("tried")
-    sys.modules.pop("tried")
-
-
-def test_the_table_tells_right_from_wrong(tried, monkeypatch):
-    case = tried.LAYERS["`Linear`, `Tanh`"]
-    words = tried.verdicts(case)
-    assert words == dict.fromkeys(tried.COLUMNS, "right") | {"PCHMP": "takes", "said": ""}
-    products = tried.products
-    monkeypatch.setattr(tried, "products", lambda *of: [1.01 * block for block in products(*of)])
-    words = tried.verdicts(case)
-    assert words == dict.fromkeys(tried.COLUMNS, "**wrong**, 0.01") | {
-        "PCHMP": "takes",
-        "said": "",
-    }
-
-
-def test_what_is_said_of_backpack_is_so(tried):
-    cases = tried.LAYERS | tried.LOSSES
-    for name, expected, said in (
-        ("`BatchNorm1d`, in train mode", "right", ""),
-        ("`BatchNorm2d`, in train mode", "raises", "no rule for BatchNorm2d"),
-        ("An addition, `x + layer(x)`", "raises", "no rule for Residual"),
-        ("A module used twice", "raises", "`AssertionError`"),
-        ("… with `weight`", "raises", "Only default weight"),
-        ("… with `ignore_index`", "raises", "Only default ignore_index"),
-        ("`AvgPool2d`", "raises", "expected scalar type Double but found Float"),
-    ):
-        words = tried.verdicts(cases[name])
-        assert words["GGNMP"] == words["HMP"] == expected, name
-        assert said in words["said"]
-        assert words["GGN"] == words["Hessian"] == "right", name
-
-
-def test_average_pooling_works_in_single_precision():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3))
-    x, y, v = torch.randn(4, 1, 5, 5), torch.arange(4) % 3, torch.randn(1, 2, 1, 2, 2)
-    outputs = model(x)
-    (product, *_) = GGN(model.parameters()).backward(cross_entropy(outputs, y), outputs)
-    expected = product(v.flatten(1)).view_as(v)
-    model, loss_function = extend(model), extend(nn.CrossEntropyLoss())
-    with backpack(GGNMP()):
-        loss_function(model(x), y).backward()
-    torch.testing.assert_close(model[0].weight.ggnmp(v), expected)
-
-
-# What to use when, and what to print.
-
-
-def fastest(table, goal):
-    with (GUIDES.parent / "experiments" / f"{table}.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["Goal"] == goal]
-    seconds = {row["Method"]: row["Seconds"].split()[0] for row in rows}
-    ended = {method: float(s) for method, s in seconds.items() if not s.startswith("never")}
-    return min(ended, key=ended.get, default=None), ended
-
-
-def test_what_is_said_of_when_to_use_what_is_in_the_experiments():
-    assert fastest("batch_64", "90%")[0] == "CGN"
-    assert set(list(fastest("batch_64", "97%")[1])[:2]) == {"Momentum", "Adam"}
-    least = {batch: fastest(f"batch_{batch}", "97%") for batch in (64, 256, 1024)}
-    assert least[256][0] == "CGN + Adam"
-    assert least[256][1]["CGN + Adam"] == min(min(of.values()) for _, of in least.values() if of)
-    assert {fastest("relu_batch_64", goal)[0] for goal in ("90%", "95%", "97%")} == {"Adam"}
-    _, at_64 = fastest("batch_64", "90%")
-    assert "CGN, Hessian" not in at_64
-    for name in ("abs", "clip"):
-        assert 1.5 < at_64[f"CGN, PCH-{name}"] / at_64["CGN per parameter"] < 2.5
-
-
-def test_the_page_to_print_has_the_optimizers_defaults():
-    page = (GUIDES / "cheatsheet.rst").read_text(encoding="utf-8")
-    rows = re.findall(r"^   \* - ``(\w+)``\n     -.*\n     - (.+)$", page, re.MULTILINE)
-    parameters = inspect.signature(CGNOptimizer).parameters
-    assert {name: str(parameters[name].default) for name, _ in rows} == dict(rows)
-    assert len(rows) == 8
-
-
-ROOT = GUIDES.parents[1]
-
-
-def test_contributing_has_every_session():
-    page = (ROOT / "docs" / "contributing.rst").read_text(encoding="utf-8")
-    table = page.partition("* - Session")[2].partition("Add a page")[0]
-    sessions = re.findall(r"^   \* - `([\w-]+)`$", table, re.MULTILINE)
-    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-    declared = re.findall(r"^@nox\.session(?:\((.*)\))?\ndef (\w+)", noxfile, re.MULTILINE)
-    names = [(re.findall(r'name="([\w-]+)"', of) or [name])[0] for of, name in declared]
-    assert sorted(sessions) == sorted(names)
-
-
-def test_the_release_is_the_one_that_changelog_and_citation_name():
-    release = runpy.run_path(str(ROOT / "src" / "version.py"))["RELEASE"]
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == release
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.findall(r"^version: (\S+)", citation, re.MULTILINE) == [release]
