@@ -25,6 +25,7 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @pytest.mark.parametrize("page", sorted(GUIDES.glob("*.rst")), ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at that of outputs
 def test_the_examples_of_a_guide_run(page, monkeypatch):
     monkeypatch.syspath_prepend(GUIDES)
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
