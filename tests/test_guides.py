@@ -10,6 +10,7 @@ import runpy
 import statistics
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,26 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @pytest.mark.parametrize("page", sorted(GUIDES.glob("*.rst")), ids=lambda page: page.stem)
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at that of outputs
 def test_the_examples_of_a_guide_run(page, monkeypatch):
     monkeypatch.syspath_prepend(GUIDES)
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.failed == 0
     for name in ("accumulation", "callback"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+def test_a_compiled_loss_raises_or_has_a_product_of_zero():
+    torch.compiler.reset()
+    model = nn.Linear(4, 3)
+    curvature = GGN([model.parameters()])
+    outputs = model(torch.randn(8, 4))
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled = torch.compile(nn.CrossEntropyLoss(), backend="aot_eager")
+        loss = compiled(outputs, torch.arange(8) % 3)
+        (product,) = curvature.backward(loss, outputs)
+        with suppress(RuntimeError):
+            assert not product(torch.ones(1, 15)).any()
 
 
 # The loops.
