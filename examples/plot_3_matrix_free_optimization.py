@@ -405,6 +405,8 @@ right.set(xscale="log", xlabel="‖v‖ / ‖g‖")
 right.axvline(1 / DAMPING, color="gray", ls="--")
 _ = right.text(0.75 / DAMPING, 3.3, "1/λ", color="gray", ha="right")
 right.legend()
+for ax in (left, right):
+    ax.minorticks_off()
 figure.tight_layout()
 _ = describe(
     figure,
@@ -636,6 +638,7 @@ for i, name in enumerate(LAYERS):
 right.loglog(dampings, [1 / lam for lam in dampings], "--", c="gray")
 right.text(0.15, 10, "1/λ", color="gray")
 right.set(xlabel="damping λ", ylabel="first step, ‖v‖ / ‖g‖", ylim=(0.2, 2e4))
+right.minorticks_off()
 for name in ("loss", "steps"):
     axes[name].legend(fontsize=8, frameon=False)
 _ = describe(
