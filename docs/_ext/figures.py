@@ -46,7 +46,7 @@ def save(figure: Figure, path: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "figures"}):  # before each page, all settings are reset
         figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
     svg = re.sub(r"(\d\d\.\d\d)\d+", r"\1", path.read_text("utf-8"))  # hundredths of a point do
-    path.write_text(re.sub(r"(?m)^ +", "", svg), "utf-8")
+    path.write_text(re.sub(r"(?m)^ +| +$|<!--.*?-->\n", "", svg), "utf-8")
 
 
 def dark(svg: str) -> str:
