@@ -555,19 +555,25 @@ def forward(x):
 # %%
 
 
-def curvature_blocks(x, residual):
+def recursion(x, residual):
     h, z = forward(x)
-    H = loss_hessians(z)
+    H_z = loss_hessians(z)
     g_z = (z.softmax(1) - one_hot(labels)) / len(z)  # ∂L/∂z
-    blocks = []
     for W_l, h_l in zip(split(tiny, x)[-2::-2], h[::-1], strict=True):
-        B = torch.einsum("nij,nk,nl->ikjl", H, h_l, h_l)
-        blocks = [B.reshape(W_l.numel(), -1), H.sum(0), *blocks]
+        H_h = W_l.T @ H_z @ W_l
+        yield W_l, h_l, H_z, H_h
         s1 = h_l * (1 - h_l)  # σ', and σ'' below
         delta = g_z @ W_l  # ∂L/∂h
         r = residual(s1 * (1 - 2 * h_l), delta)
-        H = s1[:, :, None] * (W_l.T @ H @ W_l) * s1[:, None, :]
-        H, g_z = H + r.diag_embed(), s1 * delta
+        H_z = s1[:, :, None] * H_h * s1[:, None, :] + r.diag_embed()
+        g_z = s1 * delta
+
+
+def curvature_blocks(x, residual):
+    blocks = []
+    for W_l, h_l, H_z, _ in recursion(x, residual):
+        B = torch.einsum("nij,nk,nl->ikjl", H_z, h_l, h_l)
+        blocks = [B.reshape(W_l.numel(), -1), H_z.sum(0), *blocks]
     return blocks
 
 
@@ -588,8 +594,8 @@ def difference(blocks, others):  # relative, over all blocks
 
 
 for name, dense in ("Hessian", H), ("GGN", G):
-    recursion = curvature_blocks(x_init, RESIDUALS[name])
-    error = difference(recursion, blocks_of(dense))
+    ours = curvature_blocks(x_init, RESIDUALS[name])
+    error = difference(ours, blocks_of(dense))
     print(f"{name}: relative difference {error:.1e}")
     assert error < 1e-12
 
@@ -598,24 +604,17 @@ for name, dense in ("Hessian", H), ("GGN", G):
 # it runs: the Hessian of the loss arrives at the outputs of the last layer. Each layer leaves the
 # blocks of its bias and its weight behind, and hands on a matrix of the size of its input.
 
-# Run the recursion on the first image, and draw each matrix that it meets.
+# Run the recursion, and draw the matrices that the first image meets.
 from matplotlib.colors import SymLogNorm
 
-h, z = forward(x_init)
-weights = split(tiny, x_init)[::2]
-share = z[0].softmax(0)
-H_z, g_z = share.diag() - share.outer(share), share - one_hot(labels)[0]
-met = [("$H_z = H_L$", 3, H_z)]
-for layer in (2, 1):
-    W_l, h_l = weights[layer], h[layer][0]
-    H_h, s1, delta = W_l.T @ H_z @ W_l, h_l * (1 - h_l), g_z @ W_l
-    H_z = s1[:, None] * H_h * s1 + (s1 * (1 - 2 * h_l) * delta).diag()
-    g_z = s1 * delta
-    met += [("$H_h$", layer + 1, H_h), ("$H_a = H_z$", layer, H_z)]
+met = []
+for W_l, _, H_z, H_h in recursion(x_init, RESIDUALS["Hessian"]):
+    met += [("$H_z$", W_l.shape, H_z[0]), ("$H_h$", None, H_h[0])]
+met = met[:-1]  # nothing is below the first layer
 
 fig, ax = plt.subplots(figsize=(6.6, 3.1))
 steps, edge = ("σ′ · σ′ + r", "$W^⊤$ · W"), 0.0
-for i, (name, layer, matrix) in enumerate(met):
+for i, (name, shape, matrix) in enumerate(met):
     half = 0.07 * len(matrix)
     center = edge - (1.05 + half if i else 0)
     extent = (center - half, center + half, -half, half)
@@ -628,12 +627,12 @@ for i, (name, layer, matrix) in enumerate(met):
         ax.annotate("", arrowprops=arrow, **ends)
         middle = (center + half + edge) / 2
         ax.text(middle, 0.12, steps[i % 2], ha="center", size=8)
-    if i % 2 == 0:
+    if shape:
         arrow = {"arrowstyle": "->", "color": COLORS["green"]}
         down = {"xy": (center, -0.9), "xytext": (center, -half)}
         ax.annotate("", arrowprops=arrow, **down)
-        n, k = weights[layer - 1].shape
-        words = f"layer {layer}\nbias: $H_z$, {n} × {n}\nweight: each\n"
+        n, k = shape
+        words = f"layer {3 - i // 2}\nbias: $H_z$, {n} × {n}\nweight: each\n"
         words += f"entry times $h_j h_l$,\n{n * k} × {n * k}"
         ax.text(center, -0.95, words, ha="center", va="top", size=9)
     edge = center - half

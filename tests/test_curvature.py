@@ -873,26 +873,21 @@ def test_fused_attention_is_named_with_its_remedy(curvature_type: type[Curvature
     assert not torch.equal(model.inner.weight, before)
 
 
-@pytest.mark.parametrize("donated", [False, True])  # whether torch gives buffers away at backward
-def test_a_compiled_model_is_named_with_its_remedy(
-    curvature_type: type[Curvature], donated: bool
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+@pytest.mark.parametrize("part", ["model", "loss"])
+def test_what_is_compiled_is_refused_with_its_remedy(
+    curvature_type: type[Curvature], part: str
 ) -> None:
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
-    compiled = torch.compile(model, backend="aot_eager")
-    curvature = curvature_type([model.parameters()])
-
-    def product() -> None:
-        x = torch.randn(4, 3)
-        (product,) = products_of(curvature, compiled, x, LOSSES["cross-entropy"])
-        product(torch.randn(1, 24))
-
-    message = r"what torch\.compile made twice.*not compiled"
-    with (
-        torch._functorch.config.patch(donated_buffer=donated),
-        pytest.raises(RuntimeError, match=message),
-    ):
-        product()
+    loss_function = nn.CrossEntropyLoss()
+    parts = {"model": model, "loss": loss_function}
+    parts[part] = torch.compile(parts[part], backend="aot_eager")
+    z = parts["model"](torch.randn(4, 3))
+    loss = parts["loss"](z, torch.arange(4) % 3)
+    with pytest.raises(RuntimeError, match=r"what torch\.compile made twice.*not compiled"):
+        curvature_type([model.parameters()]).backward(loss, z)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_an_operation_without_second_derivatives_is_named(

@@ -167,6 +167,13 @@ def test_plain_backward_on_an_unused_product_raises(session):
     session.refuses(RuntimeError, "No Newton step for parameter 0 .*input0")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+@autograd_alone
+def test_compiled_loss_raises(session):
+    session.loss_function = torch.compile(nn.MSELoss(), backend="aot_eager")
+    session.refuses(RuntimeError, "what torch.compile made", session.loss)
+
+
 @autograd_alone
 def test_forward_in_between_works(session):
     session.backward()

@@ -158,26 +158,20 @@ def say_where_it_ran(app: Sphinx, doctree: nodes.document) -> None:
             paragraph.astext(),
         )
         if time:
-            minutes, seconds = int(time[1]), float(time[2])
-            took = f"{60 * minutes + seconds:.0f} seconds"
-            paragraph.children = [nodes.Text(f"This page ran in {took}, on {machine()}.")]
+            took = 60 * int(time[1]) + float(time[2])
+            text = f"This page ran in {took:.0f} seconds, on {machine()}."
+            paragraph.children = [nodes.Text(text)]
 
 
 def machine() -> str:
     """The processor or the accelerator that the pages run on, and PyTorch."""
     if (device := default_device()).type == "cpu":
-        models = re.findall(r"(?m)^model name\s*: (.+)", _cpuinfo())
-        name = " ".join((models or [platform.machine()])[0].split())
-        name = f"{os.cpu_count()} cores ({name})"
+        cpuinfo = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+        name = f"{os.cpu_count()} cores ({model[1] if model else platform.machine()})"
     else:
         name = torch.get_device_module(device).get_device_name()
     return f"{name}, with PyTorch {torch.__version__.partition('+')[0]}"
-
-
-def _cpuinfo() -> str:
-    """What Linux says of the processor, or nothing."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

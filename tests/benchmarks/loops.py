@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import runpy
 import statistics
@@ -16,10 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from measuring import Row, seconds, summary
-from torch import nn
-from torch.nn.functional import mse_loss
 
-from cgn_tutorial import GGN, CGNOptimizer, layers
 from cgn_tutorial.plotting import COLORS
 
 FOLDER = Path(__file__).parents[2] / "docs" / "guides" / "loops"
@@ -29,7 +27,6 @@ NEWTON = {
     "table": {"CGN": "table_cgn", "CGN, BackPACK": "table_backpack"},
     "text": {"CGN": "text_cgn"},
 }
-STEPS = {"images": 40, "table": 100, "text": 40}
 
 Train = Callable[..., float]
 
@@ -62,39 +59,38 @@ def best(train: Train, method: str, steps: int, seeds: range) -> tuple[float, li
     )
 
 
+def row(loop: str, way: str, steps: int, rate: str, losses: list[float], took: float) -> Row:
+    """A row of the table."""
+    return {
+        "loop": f"{loop}.py",
+        "trained with": way,
+        "steps": f"{steps:,}",
+        "rate": rate,
+        "loss": summary(losses, 3),
+        "seconds": f"{took:.2f}",
+    }
+
+
 def bench_loops(quick: bool) -> list[Row]:
     """Each loop with each optimizer, in as many steps and in as much time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seeds = range(1 if quick else 3)
     table = []
-    for name, files in NEWTON.items():
-        steps = 3 if quick else STEPS[name]
-        plain = load(name)
-
-        def row(way: str, steps: int, rate: str, losses: list[float], took: float) -> None:
-            table.append(
-                {
-                    "loop": f"{name}.py",  # noqa: B023
-                    "trained with": way,
-                    "steps": f"{steps:,}",
-                    "rate": rate,
-                    "loss": summary(losses, 3),
-                    "seconds": f"{took:.2f}",
-                }
-            )
-
+    for loop, files in NEWTON.items():
+        plain = load(loop)
+        steps = 3 if quick else inspect.signature(plain).parameters["steps"].default
+        took = {}
         for way, file in files.items():
-            losses, took = runs(load(file), steps, seeds)
-            row(way, steps, "", losses, took)
-            if way == "CGN":
-                available = took
-        rate, losses, took = best(plain, "SGD", steps, seeds)
-        row("SGD", steps, f"{rate:g}", losses, took)
-        as_long = max(2, round(steps * available / took))
-        for method in ("SGD", "Adam"):
-            rate, losses, took = best(plain, method, as_long, seeds)
-            row(f"{method}, in the time of CGN", as_long, f"{rate:g}", losses, took)
+            losses, took[way] = runs(load(file), steps, seeds)
+            table.append(row(loop, way, steps, "", losses, took[way]))
+        rate, losses, of_sgd = best(plain, "SGD", steps, seeds)
+        table.append(row(loop, "SGD", steps, f"{rate:g}", losses, of_sgd))
+        as_long = max(2, round(steps * took["CGN"] / of_sgd))
+        for method in RATES:
+            rate, losses, spent = best(plain, method, as_long, seeds)
+            way = f"{method}, in the time of CGN"
+            table.append(row(loop, way, as_long, f"{rate:g}", losses, spent))
     torch.set_num_threads(threads)
     return table
 
@@ -108,26 +104,12 @@ SHADES = {"converged": "blue", "maxiter": "orange", "negative curvature": "red"}
 
 def draw_diagnostics() -> Figure:
     """The products and the reasons of each block, on a run that goes well and one that does not."""
-    make_table = runpy.run_path(str(FOLDER / "table.py"))["make_table"]
+    fit = runpy.run_path(str(FOLDER.parent / "symptoms.py"))["fit"]
     figure, axes = plt.subplots(4, 2, figsize=(7, 6), sharex=True, sharey="row")
     for column, (title, options) in zip(axes.T, RUNS.items(), strict=True):
-        torch.manual_seed(0)
-        inputs, targets = make_table(2000)
-        model = nn.Sequential(
-            nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
-        )
-        curvature = GGN(layers(model))
-        optimizer = CGNOptimizer(model.named_parameters(), curvature, **options)
-        losses = []
-        for step in range(30):
-            rows = torch.randint(2000, (256,))
-            optimizer.zero_grad()
-            outputs = model(inputs[rows])
-            loss = mse_loss(outputs, targets[rows])
-            curvature.backward(loss, outputs)
-            optimizer.step()
-            losses.append(loss.item())
-            for ax, solve in zip(column[1:], optimizer.solves, strict=True):
+        losses, solves = fit(0, **options)
+        for step, of_step in enumerate(solves):
+            for ax, solve in zip(column[1:], of_step, strict=True):
                 ax.bar(step, solve.products, color=COLORS[SHADES[solve.reason]], width=0.9)
         column[0].semilogy(losses, color="black")
         column[0].set_title(title)
