@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.func import grad
 
-from cgn_tutorial import cg
+from cgn_tutorial import CGNOptimizer, Hessian, cg
 
 #: Two moves of the arrow keys from (0, 0), and the corners of the picture.
 STARTS = [(0.1, 0.0), (0.1, 0.1), *((x, y) for x in (-0.42, 2.78) for y in (-0.79, 2.41))]
@@ -20,36 +19,66 @@ def two_digits(number):
     return float(f"{number:.1e}")
 
 
+def damped_step(loss, start, lam, gamma):
+    """One step of the optimizer from the start: the Newton step v, its end, and the loss there."""
+
+    def end(lr):
+        x = torch.nn.Parameter(torch.tensor(start))
+        curvature = Hessian([[x]])
+        options = {"damping": lam, "negative_curvature": "ignore", "tol": 0, "atol": 0}
+        optimizer = CGNOptimizer([x], curvature, lr=lr, maxiter=x.numel(), **options)
+        curvature.backward(loss(x), ())
+        optimizer.step()
+        return x.detach()
+
+    x = end(gamma)
+    v = end(1.0) - torch.tensor(start)
+    return {"v": v.tolist(), "end": x.tolist(), "after": loss(x).item()}
+
+
+def along_each_slider(opening, sweeps):
+    """The settings with one slider moved through its positions, the others as at the opening."""
+    return [opening | {name: value} for name, values in sweeps.items() for value in values]
+
+
 def parabola():
-    """The damped step from 1.5, for each position of the slider."""
+    """The damped step on the valley with which page 1 begins, for each position of each slider."""
 
     def loss(x):
-        return 1 - torch.exp(-(x**2) / 2)
+        return -torch.expm1(-(x**2) / 2)
 
-    x = torch.tensor(1.5)
-    g, C = grad(loss)(x), grad(grad(loss))(x)
-    shown = {}
-    for lam in (i / 100 for i in range(201)):
-        v = cg(
-            lambda v, lam=lam: (C + lam) * v, -g, negative_curvature="ignore", tol=0, maxiter=1
-        ).x
-        shown[f"{lam:.2f}"] = {"v": v.item(), "end": (x + v).item(), "after": loss(x + v).item()}
-    return shown
+    positions = along_each_slider(
+        {"x": 1.5, "lambda": 0.8, "gamma": 1.0},
+        {
+            "x": [i / 20 for i in range(-50, 51)],
+            "lambda": [i / 100 for i in range(201)],
+            "gamma": [i / 20 for i in range(31)],
+        },
+    )
+    return {
+        " ".join(f"{value:.2f}" for value in at.values()): damped_step(
+            loss, at["x"], at["lambda"], at["gamma"]
+        )
+        for at in positions
+    }
 
 
 def valley():
-    """The damped step from (10, 1), for each position of the slider."""
-    C, start = torch.tensor([1.0, 20.0]).diag(), torch.tensor([10.0, 1.0])
-    shown = {}
-    for lam in (two_digits(10 ** (i / 20)) for i in range(-60, 81)):
-        v = torch.linalg.solve(C + lam * torch.eye(2), -C @ start)
-        end = start + v
-        shown[f"{lam:g}"] = {
-            "v": v.tolist(),
-            "end": end.tolist(),
-            "after": (end @ C @ end / 2).item(),
-        }
-    return shown
+    """The damped step from (10, 1) on the long valley, for each position of each slider."""
+    C = torch.tensor([1.0, 20.0]).diag()
+    positions = along_each_slider(
+        {"lambda": 1.0, "gamma": 1.0},
+        {
+            "lambda": [two_digits(10 ** (i / 20)) for i in range(-60, 81)],
+            "gamma": [i / 20 for i in range(25)],
+        },
+    )
+    return {
+        f"{at['lambda']:g} {at['gamma']:.2f}": damped_step(
+            lambda x: x @ C @ x / 2, [10.0, 1.0], at["lambda"], at["gamma"]
+        )
+        for at in positions
+    }
 
 
 def paths(kappa, x0, steps=20):
