@@ -103,6 +103,7 @@ html_show_search_summary = (
 html_theme_options = {
     "show_prev_next": True,
     "navbar_align": "left",
+    "header_links_before_dropdown": 4,  # in one line from 1024 pixels on
     "navigation_with_keys": False,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

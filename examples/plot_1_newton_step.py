@@ -27,11 +27,11 @@ To run this page yourself, download it from its end, and install its package:
 #
 # .. math::
 #
-#     q(v) = L(x) + g v + \tfrac{1}{2} C v^2, \qquad g = L'(x), \quad C = L''(x) .
+#     q(v) = L(x) + g v + \tfrac{1}{2} C v^2
 #
-# Its slope :math:`g + C v` vanishes at :math:`v = -g / C`: the **Newton step**. There is no minus
-# sign left for the update: :math:`v` already points downhill, as long as :math:`C > 0`. Automatic
-# differentiation gives both derivatives.
+# with :math:`g = L'(x)` and :math:`C = L''(x)`. Its slope :math:`g + C v` vanishes at :math:`v = -g
+# / C`: the **Newton step**. There is no minus sign left for the update: :math:`v` already points
+# downhill, as long as :math:`C > 0`. Automatic differentiation gives both derivatives.
 
 import torch
 from torch.func import grad
@@ -134,8 +134,9 @@ assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 # parabola over, and the step points downhill again.
 #
 # How much damping is enough, and how much is too much? On the left is the step from the start that
-# lies, on the right the loss after it, for every :math:`\lambda`. Try other starts, other
-# :math:`\lambda` and :math:`\gamma`: on the site below the figure, elsewhere in the next line.
+# lies, on the right the loss after it, for every :math:`\lambda`. To try other starts, other
+# :math:`\lambda` and :math:`\gamma`, move the sliders below the figure on the site. In the script
+# and the notebook, change the next line.
 
 x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
 
@@ -157,7 +158,7 @@ right.set(xlabel="damping λ", title="loss after the step")
 _ = describe(
     fig,
     "Left: from 1.5, the step with damping 0.8 lands near the minimum. Right:"
-    " the loss after the step is higher than before up to a damping of 0.4,"
+    " the loss after the step is higher than before up to a damping of 0.57,"
     " falls to zero at 0.73, and slowly rises from there.",
 )
 settings = {"x": x.item(), "lambda": lam, "gamma": gamma}
@@ -175,7 +176,9 @@ best = dampings[after.argmin()]
 print(
     f"-C = {-C:.2f}, and the loss after the step is lowest at λ = {best:.2f}"
 )
-assert (after[dampings < -C] > loss(lying)).all() and -C < best < 0.75
+lower = dampings[after < loss(lying)]
+assert abs(lower.min() - 0.57) < 0.01 and abs(best - 0.73) < 0.01
+assert (after[dampings < -C] > loss(lying)).all() and best > -C
 assert after[dampings > -C][0] > 0.99
 assert (after[dampings > best].diff() > 0).all() and after[-1] < loss(lying)
 
@@ -267,8 +270,9 @@ assert torch.allclose(v, -g / lam, rtol=20 / lam)
 
 # %%
 # Which directions does one damping hold back? Below are the step for one :math:`\lambda`, and the
-# part of the way to the minimum that it goes in each direction, for every :math:`\lambda`. Try
-# others: on the site below the figure, elsewhere in the next line.
+# part of the way to the minimum that it goes in each direction, for every :math:`\lambda`. To
+# try others, move the sliders below the figure on the site. In the script and the notebook, change
+# the next line.
 
 lam, gamma = 1.0, 1.0
 curvatures = C.diagonal()
@@ -318,8 +322,8 @@ _ = explorable(fig, "valley", settings)
 # Which matrix should :math:`C` be for a network? The first answer is the **Hessian**, all second
 # derivatives of the loss: :math:`H = \nabla^2 L(x)`. It drops nothing, so that :math:`q` agrees
 # with the loss to second order. Where all its eigenvalues are at least 0, it is called positive
-# semi-definite. That it is so at one point says nothing of the points around it; a loss for which
-# it is so everywhere is convex. The loss of a network is not: the model may lie.
+# semi-definite. That it is so at one point does not make it so at others; a loss for which it is so
+# everywhere is convex. The loss of a network is not: the model may lie.
 #
 # A network small enough to look at the whole matrix: three layers with 113 parameters, for the
 # digits 0, 1 and 2 shrunk to 3 × 3 pixels, in double precision. All of its parameters form one
@@ -349,7 +353,8 @@ x_init = parameters_to_vector(tiny.parameters()).detach()
 assert len(x_init) == 113
 
 # %%
-# The network as a function of that vector, and its Hessian by automatic differentiation:
+# The network as a function of that vector, which ``split`` cuts into weights and biases, and its
+# Hessian by automatic differentiation:
 
 
 # The network's outputs as a function of one vector.
@@ -449,14 +454,15 @@ _ = describe(
 # All that the parameters have to say to the loss passes through the few outputs. A product with a
 # vector from right to left never forms the large square.
 #
-# Relatives of it go by other names. For losses that are a negative log-likelihood, as cross-entropy
-# is, and with the mean over the model's own predictions in place of the labels, the covariance of
-# the gradient is the **Fisher** matrix; for softmax and cross-entropy it equals the GGN
+# Relatives of it go by other names. Where the loss is a negative log-likelihood, as cross-entropy
+# is, the model gives each possible label a probability. Take an image's gradient :math:`g` for each
+# label, average the products :math:`g g^\top` with these probabilities, and then over the images:
+# that is the **Fisher** matrix, and for softmax and cross-entropy it equals the GGN
 # (`Martens, "New Insights and Perspectives on the Natural Gradient Method" (2020)
-# <https://arxiv.org/abs/1412.1193>`__). The **empirical Fisher** takes the labels
-# instead, sums the outer products of the gradients that training computes, and is in general
-# neither of the two (`Kunstner, Hennig and Balles, "Limitations of the Empirical Fisher
-# Approximation for Natural Gradient Descent" (2019) <https://arxiv.org/abs/1905.12558>`__).
+# <https://arxiv.org/abs/1412.1193>`__). The **empirical Fisher** takes :math:`g g^\top` for the
+# label in the data alone, and is in general neither of the two (`Kunstner, Hennig and Balles,
+# "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent" (2019)
+# <https://arxiv.org/abs/1905.12558>`__).
 # K-FAC approximates each layer's block of the Fisher by a Kronecker product of two small matrices,
 # which can be stored and inverted, where this tutorial multiplies by the block itself.
 
@@ -488,33 +494,47 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # --------------------------
 #
 # Can the residual be repaired instead of dropped? Follow the Hessian backwards through the
-# network, one image at a time. Let :math:`H_z` be the Hessian of the loss with respect to
-# :math:`z = W h + b`, the output of a linear layer, whose input :math:`h = \sigma(a)` is the
-# sigmoid of the output :math:`a` of the linear layer below. The chain rule, now for one layer,
-# gives :math:`H_a`, and as :math:`a` is the output of the layer below, :math:`H_a` serves as its
-# :math:`H_z`:
+# network, layer by layer, for one image. A linear layer computes :math:`z = W h + b`, and its input
+# :math:`h = \sigma(a)` is the sigmoid of :math:`a`, the output of the linear layer below. Let
+# :math:`H_z`, :math:`H_h` and :math:`H_a` be the Hessians of the loss with respect to :math:`z`,
+# :math:`h` and :math:`a`.
 #
-# .. math::
+# - **Through the weight.** :math:`z` is linear in :math:`h`, with the Jacobian :math:`W`:
 #
-#     H_h = W^\top H_z W, \qquad
-#     H_a = \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
-#         + \operatorname{diag}\bigl(\sigma''(a) \odot \delta\bigr), \qquad
-#     \delta = \frac{\partial L}{\partial h} .
+#   .. math:: H_h = W^\top H_z W .
+#
+# - **Through the sigmoid.** With :math:`\delta = \partial L / \partial h`, the chain rule gives
+#   :math:`\partial L / \partial a_i = \sigma'(a_i)\, \delta_i`. Differentiate that once more, with
+#   respect to :math:`a_j`: the change of :math:`\delta_i` gives :math:`\sigma'(a_i)\, (H_h)_{ij}\,
+#   \sigma'(a_j)`, and the change of :math:`\sigma'(a_i)` gives, for :math:`i = j` only,
+#   :math:`r_i = \sigma''(a_i)\, \delta_i`. As matrices,
+#
+#   .. math::
+#
+#       \begin{aligned}
+#       H_a &= \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
+#           + \operatorname{diag}(r), \\
+#       r &= \sigma''(a) \odot \delta .
+#       \end{aligned}
+#
+# - **And on.** :math:`a` is what the layer below calls :math:`z`, so that :math:`H_a` is the
+#   :math:`H_z` with which that layer goes on.
 #
 # Such recursions are used by `Botev, Ritter and Barber, "Practical Gauss-Newton Optimisation for
 # Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__, and, for many kinds of layers, by
 # `Dangel, Harmeling and Hennig, "Modular Block-diagonal Curvature Approximations for Feedforward
 # Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.
 #
-# The recursion starts from the convex loss, with :math:`H_L`, and every term stays positive
-# semi-definite but one: :math:`r = \sigma''(a) \odot \delta`, this layer's part of the residual,
-# has entries of either sign. The **positive-curvature Hessian** (PCH) replaces them by
-# :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), layer by layer; replacing them by 0
-# gives the GGN, leaving them as they are gives the Hessian. So *abs* drops the sign of
-# :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
-# are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen,
-# Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for
-# Training Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
+# The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss,
+# and every term stays so but one: :math:`r`, which has entries of either sign. It is here that the
+# curvature of the network itself, the residual, comes in. With :math:`r` replaced by 0, the
+# recursion only multiplies :math:`H_L` from both sides by the Jacobians of what it passes, as
+# :math:`J^\top H_L\, J` does: it gives the GGN. The **positive-curvature Hessian** (PCH) replaces
+# it by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the
+# sign of :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms
+# now are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen,
+# Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training
+# Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
 
@@ -529,9 +549,9 @@ RESIDUALS = {
 # Block-diagonal
 # --------------
 #
-# The recursion never needs the whole matrix. It yields the second derivatives *within* a layer. As
-# :math:`z = W h + b`, a change of the bias is a change of :math:`z`, and a change of the entry
-# :math:`W_{ij}` changes :math:`z_i` by :math:`h_j` times as much. So for one image
+# The recursion never needs the whole matrix. It yields the second derivatives *within* a layer: in
+# :math:`z = W h + b`, adding :math:`t` to :math:`b_i` adds :math:`t` to :math:`z_i`, and adding
+# :math:`t` to :math:`W_{ij}` adds :math:`t h_j` to :math:`z_i`. So for one image
 #
 # .. math::
 #
@@ -545,21 +565,23 @@ RESIDUALS = {
 
 
 def forward(x):
-    *hidden, last = zip(split(tiny, x)[::2], split(tiny, x)[1::2], strict=True)
+    parameters = split(tiny, x)
+    weights, biases = parameters[::2], parameters[1::2]
     h = [images]  # the inputs of all layers
-    for W_l, b_l in hidden:
-        h.append((h[-1] @ W_l.T + b_l).sigmoid())
-    return h, h[-1] @ last[0].T + last[1]
+    for W_l, b_l in zip(weights, biases, strict=True):
+        z = h[-1] @ W_l.T + b_l
+        h.append(z.sigmoid())
+    return weights, h[:-1], z  # there is no sigmoid behind the last layer
 
 
 # %%
 
 
 def recursion(x, residual):
-    h, z = forward(x)
+    weights, h, z = forward(x)
     H_z = loss_hessians(z)
     g_z = (z.softmax(1) - one_hot(labels)) / len(z)  # ∂L/∂z
-    for W_l, h_l in zip(split(tiny, x)[-2::-2], h[::-1], strict=True):
+    for W_l, h_l in zip(reversed(weights), reversed(h), strict=True):
         H_h = W_l.T @ H_z @ W_l
         yield W_l, h_l, H_z, H_h
         s1 = h_l * (1 - h_l)  # σ', and σ'' below
@@ -572,7 +594,7 @@ def recursion(x, residual):
 def curvature_blocks(x, residual):
     blocks = []
     for W_l, h_l, H_z, _ in recursion(x, residual):
-        B = torch.einsum("nij,nk,nl->ikjl", H_z, h_l, h_l)
+        B = torch.einsum("nik,nj,nl->ijkl", H_z, h_l, h_l)
         blocks = [B.reshape(W_l.numel(), -1), H_z.sum(0), *blocks]
     return blocks
 
@@ -648,8 +670,9 @@ _ = describe(
 
 # %%
 # Through a weight, :math:`H_z` turns into :math:`H_h`; through a sigmoid, into the next
-# :math:`H_z`. The residual enters at the sigmoids only, as the diagonal :math:`r`: what is done to
-# it there, nothing, its absolute value, its positive part or zero, makes the four curvatures.
+# :math:`H_z`. In the blocks, the residual enters at the sigmoids only, as the diagonal :math:`r`.
+# Left as it is there, it makes the blocks of the Hessian; set to zero, those of the GGN; made
+# positive, those of the two PCHs.
 #
 # How much of the matrix do the blocks hold? Here are the full Hessian and the full GGN, each row
 # and column one parameter, with the blocks outlined. Colours are linear up to :math:`10^{-4}` and
@@ -717,11 +740,13 @@ for n in sum(p.numel() for p in model.parameters()), 10**9:
 # gradient, gives :math:`H v`. That the product needs no matrix is due to `Pearlmutter, "Fast Exact
 # Multiplication by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__, who
 # differentiates forwards along :math:`v`. The GGN's product is read off its definition from right
-# to left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`. PyTorch's ``vjp``
-# returns a function's value and the product with its transposed Jacobian. As :math:`u \mapsto
-# J^\top u` is linear, its own Jacobian is the matrix :math:`J^\top`, at any :math:`u`; a second
-# ``vjp``, of that function, multiplies by the transpose of it, and that is :math:`J` (Jamie
-# Townsend, "A new trick for calculating Jacobian vector products", 2017).
+# to left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`.
+#
+# PyTorch's ``vjp`` gives the value of a function, and a second function that multiplies by the
+# transpose of its Jacobian, :math:`u \mapsto J^\top u`. How does one multiply by :math:`J` itself?
+# That second function is linear, and its Jacobian is :math:`J^\top`, whatever :math:`u`. So ``vjp``
+# of it multiplies by the transpose of :math:`J^\top`, which is :math:`J` (Jamie Townsend, "A new
+# trick for calculating Jacobian vector products", 2017).
 
 from functools import partial
 
@@ -790,19 +815,20 @@ for name, median in medians.items():
 
 # %%
 # The first two products start from the weights each time. The last one keeps the graph of a single
-# forward pass, as all solves of a step may: it comes from the package, and `page 5
+# forward pass, which serves for all products of a step; it comes from the package, and `page 5
 # <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows how. A product costs
 # a few gradients at most, however many parameters there are: this is what makes it possible
 # to train with curvature, as in `Martens, "Deep learning via Hessian-free
 # optimization" (2010) <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__.
 #
-# Page 3 takes its products, one per block, from
-# `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__, a library that follows the backward
-# pass through the modules that are registered with it, by ``extend``. It leaves on each parameter a
-# function ``[V, *p.shape] → [V, *p.shape]`` that multiplies V vectors at once; the ``savefield`` of
-# the extension is the name of that attribute. Is it the same matrix? All unit vectors at once give
-# all of its columns. The functions read what the latest backward pass left in the modules. As
-# another pass would break them, BackPACK gets a copy of the network to itself.
+# Page 3 takes its products, one per block, from `BackPACK
+# <https://openreview.net/forum?id=BJlrF24twB>`__, a library that follows the backward pass through
+# the modules that are registered with it, by ``extend``. On each parameter ``p`` it leaves a
+# function that multiplies V vectors at once, ``[V, *p.shape] → [V, *p.shape]``. Which curvature
+# that is says an extension, such as ``GGNMP()``, whose ``savefield`` is the name of the attribute.
+# Is it the same matrix? All unit vectors at once give all of its columns. The functions work until
+# the next backward pass through the same modules. BackPACK therefore gets a copy of the network
+# here.
 
 import copy
 
@@ -849,10 +875,10 @@ for modify in ("abs", "clip"):
 
 # %%
 # BackPACK 1.7.1 multiplies by :math:`\delta` twice, where the definition does so once. With a mean
-# over many images :math:`\delta` is small, and its square all but removes the residual. What page 3
-# calls PCH, and the run it repeats, is this variant. It is still positive semi-definite, but it
-# goes by the sign of :math:`\sigma''` alone, and is here hardly more than the GGN. The spectra
-# below are those of the definition.
+# over many images :math:`\delta` is small, and its square all but removes the residual. This
+# variant is still positive semi-definite, but it no longer depends on the sign of :math:`\delta`,
+# and is here hardly more than the GGN. Page 3 uses it under the name of PCH, as did the published
+# run that page 3 repeats. The spectra below are those of the definition.
 #
 # Spectra
 # -------
@@ -925,8 +951,9 @@ assert 0 > lowest[1] > 0.1 * lowest[0]
 # %%
 # What does damping do to each spectrum? It moves every eigenvalue :math:`\mu` to
 # :math:`\mu + \lambda`. Below are the sizes of the eigenvalues at initialisation, from the largest
-# to the smallest, before (dots, crosses where negative, sizes below :math:`10^{-7}` raised to it)
-# and after damping with :math:`\lambda = 10^{-3}` (line, where positive).
+# eigenvalue to the smallest. Crosses are negative ones. The dashed line is the same after damping
+# with :math:`\lambda = 10^{-3}`, and ends where it gets negative. What is smaller than
+# :math:`10^{-7}`, rounding included, is drawn there.
 
 # Draw the eigenvalues with and without damping.
 fig, axes = plt.subplots(1, 4, figsize=(7, 3), sharey=True)
@@ -952,8 +979,8 @@ _ = describe(
 # change, those near 0 become about :math:`\lambda`. The Hessian's eigenvalues below
 # :math:`-\lambda` stay negative, until :math:`\lambda` exceeds the size of the most negative one.
 # The condition number, the largest eigenvalue :math:`\mu_1` over the smallest, drops from infinity
-# to :math:`\mu_1 / \lambda + 1` for the other three; it `bounds how many steps conjugate gradients
-# take <plot_2_conjugate_gradients.html#how-fast>`__.
+# to :math:`\mu_1 / \lambda + 1` for the three semi-definite ones; it `bounds how many steps
+# conjugate gradients take <plot_2_conjugate_gradients.html#how-fast>`__.
 
 for lam in (1e-3, 1e-2):
     print(f"λ = {lam}:")
@@ -1048,12 +1075,12 @@ assert abs(u @ v) < 1e-12
 #    outputs away. For the Hessian it does not hold, as the residual
 #    :math:`\sum_k (\partial \ell / \partial z_k) \nabla^2 z_k` may have any rank.
 #
-# .. fold:: In the recursion, which of the four curvatures changes if all sigmoids are replaced by
-#     ReLUs, whose second derivative is zero wherever it exists?
+# .. fold:: All sigmoids are replaced by ReLUs, whose second derivative is zero wherever it exists.
+#     How do the blocks of the four curvatures differ now?
 #
-#    All become the GGN: with :math:`\sigma'' = 0`, the residual :math:`r` is zero, and there is
-#    nothing to take the absolute value of. Blocks of one layer, that is; between layers, the full
-#    Hessian still has entries that the GGN lacks.
+#    Not at all: with :math:`\sigma'' = 0`, the residual :math:`r` is zero in every layer, and all
+#    four are the GGN's. The full Hessian and the full GGN still differ, outside the blocks, as
+#    :math:`z` has second derivatives with respect to the weights of two layers.
 
 # Check the first and the last answer.
 assert abs(-0.2 / (-0.1 + 0.5) + 0.5) < 1e-12

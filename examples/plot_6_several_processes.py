@@ -30,11 +30,12 @@ To run this page yourself, download it from its end, and install its package:
 #
 # .. math::
 #
-#    L = \frac{1}{N} \sum_{n=1}^{N} \ell_n = \sum_{i=1}^{P} \frac{n_i}{N} L_i,
-#    \qquad
-#    g = \sum_i \frac{n_i}{N}\, g_i,
+#    \begin{aligned}
+#    L &= \frac{1}{N} \sum_{n=1}^{N} \ell_n = \sum_{i=1}^{P} \frac{n_i}{N} L_i, \\
+#    g &= \sum_i \frac{n_i}{N}\, g_i,
 #    \qquad
 #    C p = \sum_i \frac{n_i}{N}\, C_i\, p.
+#    \end{aligned}
 #
 # What is linear in the loss is a weighted mean as well: the gradient, the
 # Hessian, and its product with any direction :math:`p`. So is that of the

@@ -41,6 +41,11 @@ LOOK = r"""
       const {width, height} = formula.getBoundingClientRect();
       return !(width > 3 && height > 3);
     }).map((formula) => formula.textContent),
+    wideFormulas: [...document.querySelectorAll(".math-block")].filter(
+      (box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.textContent),
+    // Places that a link leads to are scrolled to that far below the upper edge.
+    header: (document.querySelector(".bd-header")?.offsetHeight ?? 0)
+      - (parseFloat(getComputedStyle(document.documentElement).scrollPaddingTop) || 0),
     mathFont: !formulas.length || document.fonts.check('16px "STIX Two Math Site"', "𝑥"),
     raw: text.join("").match(/\\[a-zA-Z]+|\$[^$\n]+\$|:[a-z]+:`|^\.\. |`__/gm) ?? [],
     pairs,
@@ -86,6 +91,8 @@ def check(look, theme, tally):
     assert look["theme"] == theme
     assert look["overflow"] <= 0, "the page scrolls sideways"
     assert look["emptyFormulas"] == []
+    assert look["wideFormulas"] == [], "a formula is wider than the page"
+    assert look["header"] <= 0, "the header covers the place that a link leads to"
     assert look["mathFont"], "the font of formulas did not load"
     assert look["raw"] == []
     assert look["broken"] == []
