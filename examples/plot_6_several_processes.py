@@ -149,9 +149,10 @@ for label, (layer, loss_function) in CASES.items():
 
 # %%
 # The last is a matter of scale: three quarters are missing, of the gradient and
-# of the curvature alike. But :math:`\lambda` is not scaled with them, so the
-# step is another one. With the first two, the processes still agree on one step,
-# but the loss whose step it is has other statistics, or other masks, in each part.
+# of the curvature alike. But :math:`\lambda` is not scaled with them, so the step
+# is another one. With the first two, the processes still agree on one step. But
+# each part of the batch has statistics, or masks, of its own, so that it is not
+# the step that one process would take with the whole batch.
 
 assert gaps["nothing special"] < 1e-12
 assert min(gaps["BatchNorm"], gaps["dropout"]) > 1e-3
@@ -161,15 +162,15 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 # What has to be said, and what has not
 # -------------------------------------
 #
-# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data enter
-# through :math:`g` and through the products alone. So the optimizer averages
-# these, and each process does all the rest for itself: its inner products, step
-# lengths and stopping test are the same in all of them, to the last bit, since
-# they start from the same numbers.
-# That takes one message per product, an all-reduce, and here it is. (``share``
-# is :math:`n_i / N`. A process that fails has to go on answering, or the others
-# would wait for it; so it sends numbers that are not numbers, which make all of
-# them raise.)
+# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data
+# enter through :math:`g` and through the products alone. So the optimizer
+# averages these, and each process does all the rest for itself: its inner
+# products, step lengths and stopping test are the same in all of them, to the
+# last bit, since they start from the same numbers, which is checked before every
+# step. That takes one message per product, an all-reduce, and here it is.
+# (``share`` is :math:`n_i / N`. A process that fails has to go on answering, or
+# the others would wait for it; so it sends numbers that are not numbers, which
+# make all of them raise.)
 
 import inspect
 from textwrap import dedent
@@ -179,9 +180,9 @@ from cgn_tutorial import CGNOptimizer
 print(dedent(inspect.getsource(CGNOptimizer._mean)))
 
 # %%
-# The optimizer is told of the other processes by one option, ``process_group``,
-# and its step of the number of samples that the process has. The network is
-# wrapped as always. This is the script's training loop:
+# One option, ``process_group``, tells the optimizer of the other processes. An
+# argument of ``step``, ``batch_size``, tells it how many samples this process
+# has. The network is wrapped as always. This is the script's training loop:
 
 from cgn_tutorial import train_parallel
 
@@ -326,9 +327,9 @@ assert two[-1] < 1
 # they go on from the checkpoint, to the same result. (The first line keeps the
 # new processes from looking for each other where the old ones were.)
 #
-# The number of samples of each process, its options and its parameters are
-# compared before each step. A process that has drifted away, for instance from
-# another seed or without the checkpoint, makes all of them raise.
+# The processes compare their options and their parameters before each step. One
+# that has drifted away, for instance from another seed or without the checkpoint,
+# makes all of them raise.
 #
 # How many processes?
 # -------------------
@@ -341,7 +342,7 @@ assert two[-1] < 1
 # .. math::
 #
 #    t(P) \approx \frac{T}{P} + 2\, k\, \alpha\, (P - 1),
-#    \qquad
+#    \quad
 #    P^* = \sqrt{\frac{T}{2\, k\, \alpha}}
 #
 # seconds: the least at :math:`P^*`. With 40 products, half a second of work and
@@ -366,8 +367,8 @@ print(f"the best number of processes: {best:.0f}")
 #
 # .. fold:: Why is it not enough to average the steps of all processes?
 #
-#    A step is not linear in the curvature: the mean of solutions is not the solution
-#    for the mean matrix.
+#    A step is not linear in the curvature: the mean of solutions is not the
+#    solution for the mean matrix.
 #
 # .. fold:: Two seconds of work, 40 products, 50 microseconds of latency: how many
 #     processes give the shortest step?

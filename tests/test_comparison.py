@@ -38,8 +38,8 @@ def test_every_method_lowers_the_loss_of_its_first_batch(method):
 
 def test_a_run_is_the_same_alone_and_in_a_race():
     settings = [Setting("CGN", NEWTON), Setting("Adam", {"lr": 0.01}), Setting("CGN", NEWTON)]
-    first, adam, second = race(settings, 3, steps=7)
-    (alone,) = race(settings[:1], 3, steps=7)
+    first, adam, second = race(settings, 3, goal=1, steps=7)
+    (alone,) = race(settings[:1], 3, goal=1, steps=7)
     assert first.losses == second.losses == alone.losses
     assert adam.losses[0] == first.losses[0]
     assert adam.losses[1:] != first.losses[1:]
@@ -54,9 +54,13 @@ def test_another_seed_is_another_race():
 
 
 def test_a_race_ends_after_its_steps():
-    runs = race([Setting("SGD", {"lr": 0.1}), Setting("Adam", {"lr": 0.1})], 0, steps=5)
+    settings = [Setting("SGD", {"lr": 0.1}), Setting("Adam", {"lr": 0.1})]
+    runs = race(settings, 0, goal=1, steps=5)
     assert [len(run.losses) for run in runs] == [5, 5]
     assert [run.tests[-1].steps for run in runs] == [5, 5]
+    untested = race(settings, 0, steps=5)
+    assert [run.losses for run in untested] == [run.losses for run in runs]
+    assert [run.tests for run in untested] == [[], []]
 
 
 def test_a_race_ends_at_its_goal():
@@ -67,7 +71,7 @@ def test_a_race_ends_at_its_goal():
 
 
 def test_a_race_ends_after_its_seconds():
-    (run,) = race([Setting("SGD", {"lr": 0.01})], 0, seconds=0.05)
+    (run,) = race([Setting("SGD", {"lr": 0.01})], 0, goal=1, seconds=0.05)
     assert run.seconds >= 0.05 > (run.tests[-2].seconds if len(run.tests) > 1 else 0)
 
 
@@ -96,13 +100,13 @@ def test_a_fifth_lost_on_the_way_is_a_fall(accuracies, fell):
 
 
 def test_seconds_and_gradients_grow_with_the_steps():
-    (run,) = race([Setting("CGN", NEWTON)], 0, steps=6)
+    (run,) = race([Setting("CGN", NEWTON)], 0, goal=1, steps=6)
     assert run.seconds == run.tests[-1].seconds > run.tests[0].seconds > 0
     assert run.tests[-1].gradients > run.tests[-1].steps  # a Newton step costs more than one
 
 
 def test_flat_layers_take_gradient_steps():
-    run = Run(Setting("CGN", NEWTON | {"flat": 2, "tol": 1e-6}), 0)
+    run = Run(Setting("CGN", NEWTON | {"flat": (0, 1), "tol": 1e-6}), 0)
     before = weights(run)
     run._step(*next(run._batches))
     moves = [after - x for after, x in zip(weights(run), before, strict=True)]

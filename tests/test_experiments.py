@@ -10,7 +10,18 @@ from pathlib import Path
 import experiments
 import pytest
 import torch
-from experiments import GOALS, SEEDS, WORKLOADS, Job, best, finalists, first, work
+from experiments import (
+    GOALS,
+    RATES,
+    RATES_STEPS,
+    SEEDS,
+    WORKLOADS,
+    Job,
+    best,
+    finalists,
+    first,
+    work,
+)
 
 from cgn_tutorial import cgn
 from cgn_tutorial.comparison import Setting, race
@@ -204,8 +215,14 @@ def test_each_layers_curvature_counts_in_its_turn():
     curved, convolutions, last = map(late, ("GGN", "both conv flat", "all but the last flat"))
     for seed in SEEDS:
         assert curved[seed] < convolutions[seed] < last[seed]
-    assert min(late("SGD") + late("Momentum")) > 2.2
+    assert sum(loss < 2 for loss in late("linear 1 flat")) == 4
+    assert min(late("both linear flat")) > 2.3
+    assert min(late("Momentum")) > 2.2
     assert min(late("Adam")) > 1.7
+    ends = [loss for rate in RATES for loss in late(f"SGD, rate {rate:g}", until=RATES_STEPS)]
+    assert len(ends) == 15
+    assert min(ends) > 2
+    assert sum(loss < 2.2 for loss in ends) == 1
     assert (
         max(late("SGD, a rate per parameter", until=200))
         < 1
@@ -228,6 +245,12 @@ def test_the_autoencoder_needs_a_warm_start_and_a_damping_that_fits():
         for label in ("λ = 0.03", "λ adapts, from 0.03")
     ]
     assert max(ends[0]) < min(ends[1])
+
+
+def test_a_damping_that_adapts_to_another_batch_ends_most_runs():
+    runs = [FOUND[f"autoencoder λ adapts to another batch {seed}"] for seed in SEEDS[:3]]
+    halted = [run[-1][2] == run[-2][2] and run[-1][3] > 1e9 for run in runs]
+    assert sum(halted) == 2
     for label in ("Adam, 5e-3, batch 256", "Adam, 5e-3, batch 500"):
         assert max(autoencoder("λ = 0.03", 40)) < min(autoencoder(label, 40))
         adam = [FOUND[f"autoencoder {label} {seed}"][-1][2] for seed in SEEDS[:3]]

@@ -63,14 +63,14 @@ def _autograd(
     model: nn.Module,
     loss_function: nn.Module,
     maxiter: int | Sequence[int] = 20,
-    flat: int = 0,
+    flat: Sequence[int] = (),
     adam_lr: float = 1e-2,
     **options: Any,
 ) -> Update:
     """Newton steps with the GGN in these blocks, and Adam's for parameters in none of them.
 
-    The most products may differ from block to block. The first `flat` blocks are solved as if they
-    had no curvature but the damping.
+    The most products may differ from block to block. The blocks that `flat` counts, from 0, are
+    solved as if they had no curvature but the damping.
     """
     curvature = GGN(blocks(model))
     budgets = [maxiter] * len(curvature.blocks) if isinstance(maxiter, int) else maxiter
@@ -84,7 +84,7 @@ def _autograd(
 
     def update(loss: Tensor, outputs: Tensor) -> None:
         curvature.backward(loss, outputs)
-        for block in curvature.blocks[:flat]:
+        for block in (curvature.blocks[i] for i in flat):
             zero = BlockProduct(block, lambda block, v: [torch.zeros_like(v_p) for v_p in v])
             for p in block:
                 setattr(p, curvature.savefield, zero)
@@ -196,7 +196,7 @@ class Run:
         self._recent = 0.0  # a running mean of the mini-batch accuracy
         self._gradient_seconds: list[float] = []
 
-    def turn(self, steps: int | None = None) -> None:
+    def turn(self, steps: int | None = None, *, test: bool = True) -> None:
         """Train until the next test, and test.
 
         A test takes longer than many a step. So tests are rare, each time the steps have grown by
@@ -204,6 +204,7 @@ class Run:
 
         Args:
             steps: Train to this many steps at most.
+            test: Whether to test at the end.
         """
         growth = 1.1 if self._recent > 0.8 else 1.5
         end = max(len(self.losses) + 1, math.ceil(growth * len(self.losses)))
@@ -211,8 +212,9 @@ class Run:
             self._step(*next(self._batches))
             if self.failed:
                 return
-        gradients = self.seconds / statistics.median(self._gradient_seconds)
-        self.tests.append(Test(len(self.losses), self.seconds, gradients, self._test()))
+        if test:
+            gradients = self.seconds / statistics.median(self._gradient_seconds)
+            self.tests.append(Test(len(self.losses), self.seconds, gradients, self._test()))
 
     def reached(self, goal: float) -> Test | None:
         """The first test at or above the goal; `None` if there is none."""
@@ -264,38 +266,39 @@ def race(
     settings: Sequence[Setting],
     seed: int,
     *,
-    goal: float = 1.0,
+    goal: float | None = None,
     seconds: float = math.inf,
     steps: int | None = None,
 ) -> list[Run]:
     """Let settings take turns, from the same weights on the same batches.
 
-    A turn ends with a test, on all test images. Where torch uses one thread, the clock counts the
-    processor's time, so that what else the machine does matters little; else that on the wall.
+    In a race to a goal, a turn ends with a test, on all test images. Where torch uses one thread,
+    the clock counts the processor's time, so that what else the machine does matters little; else
+    that on the wall.
 
     Args:
         settings: What races.
         seed: Of the weights and the batches.
-        goal: The test accuracy at which a run ends.
+        goal: The test accuracy at which a run ends; `None` tests nothing.
         seconds: The seconds of training after which it ends in any case.
         steps: The steps after which it ends in any case.
 
     Returns:
         The runs, in order.
     """
-    if steps is None and math.isinf(seconds) and goal >= 1:
+    if steps is None and math.isinf(seconds) and (goal is None or goal >= 1):
         raise ValueError("A race needs an end: a goal below 1, seconds, or steps.")
     runs = [Run(setting, seed) for setting in settings]
     racing = runs
     while racing:
         for run in racing:
-            run.turn(steps)
+            run.turn(steps, test=goal is not None)
         racing = [
             run
             for run in racing
             if not (
                 run.failed
-                or run.reached(goal)
+                or (goal is not None and run.reached(goal))
                 or run.seconds >= seconds
                 or len(run.losses) >= (steps or math.inf)
             )

@@ -178,14 +178,16 @@ WORKLOADS: Mapping[str, Workload] = {
 MAIN = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 20}
 ABLATION = {
     "GGN": Setting("CGN", MAIN),
-    "conv 1 flat": Setting("CGN", MAIN | {"flat": 1}),
-    "both conv flat": Setting("CGN", MAIN | {"flat": 2}),
-    "all but the last flat": Setting("CGN", MAIN | {"flat": 3}),
-    "SGD": Setting("SGD", {"lr": 1.0}),
+    "conv 1 flat": Setting("CGN", MAIN | {"flat": (0,)}),
+    "both conv flat": Setting("CGN", MAIN | {"flat": (0, 1)}),
+    "all but the last flat": Setting("CGN", MAIN | {"flat": (0, 1, 2)}),
+    "linear 1 flat": Setting("CGN", MAIN | {"flat": (2,)}),
+    "both linear flat": Setting("CGN", MAIN | {"flat": (2, 3)}),
     "Momentum": Setting("Momentum", {"lr": 0.3}),
     "Adam": Setting("Adam", {"lr": 5e-3}),
 }
 ABLATION_STEPS = 51
+RATES = (0.3, 1.0, 3.0)
 RATES_STEPS = 200
 
 MAP_DAMPING = (2e-4, 5e-4, 2e-3, 1e-2)
@@ -227,12 +229,13 @@ def rounded(tests: Iterable[Sequence[float]]) -> list[list[float]]:
 
 
 def ablation(seed: int) -> dict[str, list[float]]:
-    """The losses of each way, and of SGD with a rate per parameter."""
+    """The losses of each way, and of SGD with one rate, and with a rate per parameter."""
     runs = race(list(ABLATION.values()), seed, steps=ABLATION_STEPS)
-    rates = step_rates(ABLATION["GGN"], seed)
-    (layerwise,) = race([Setting("SGD", {"lr": rates})], seed, steps=RATES_STEPS)
     found = dict(zip(ABLATION, (run.losses for run in runs), strict=True))
-    found["SGD, a rate per parameter"] = layerwise.losses
+    rates = {f"SGD, rate {rate:g}": rate for rate in RATES}
+    rates["SGD, a rate per parameter"] = step_rates(ABLATION["GGN"], seed)
+    runs = race([Setting("SGD", {"lr": lr}) for lr in rates.values()], seed, steps=RATES_STEPS)
+    found |= zip(rates, (run.losses for run in runs), strict=True)
     return {label: [round(loss, 4) for loss in losses] for label, losses in found.items()}
 
 
@@ -471,7 +474,7 @@ def ablation_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row], 
     """Late losses, and all curves."""
     runs = [found[f"ablation {seed}"] for seed in SEEDS[: 1 if quick else None]]
     table = []
-    figure, axes = plt.subplots(2, 4, figsize=(7.5, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(3, 4, figsize=(7.5, 5.6), sharey=True, layout="constrained")
     for ax, label in zip(axes.flat, runs[0], strict=True):
         late = [statistics.mean(run[label][41:51]) for run in runs]
         end = [statistics.mean(run[label][-10:]) for run in runs]
@@ -483,7 +486,7 @@ def ablation_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row], 
             ax.plot(run[label], color=COLORS["blue"], lw=0.8)
         ax.set_title(label, fontsize=8)
         ax.set(ylim=(0, 2.6))
-    for ax in axes[1]:
+    for ax in axes[-1]:
         ax.set(xlabel="step")
     for ax in axes[:, 0]:
         ax.set(ylabel="mini-batch loss")
