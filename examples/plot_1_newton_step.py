@@ -526,14 +526,15 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.
 #
 # The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss,
-# and every term stays so but one: :math:`r`, which has entries of either sign. It is here that the
-# curvature of the network itself, the residual, comes in. With :math:`r` replaced by 0, the
-# recursion only multiplies :math:`H_L` from both sides by the Jacobians of what it passes, as
-# :math:`J^\top H_L\, J` does: it gives the GGN. The **positive-curvature Hessian** (PCH) replaces
-# it by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the
-# sign of :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms
-# now are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen,
-# Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training
+# and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
+# the curvature of the network itself comes in. Set it to 0, and what remains is :math:`H_L`,
+# multiplied from both sides by the Jacobians of all that the recursion passes. With the last one of
+# them, that of a layer's output :math:`z` with respect to its parameters, this is a block of
+# :math:`G = J^\top H_L\, J`: the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r`
+# by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign
+# of :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
+# are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou
+# and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training
 # Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
@@ -824,11 +825,11 @@ for name, median in medians.items():
 # Page 3 takes its products, one per block, from `BackPACK
 # <https://openreview.net/forum?id=BJlrF24twB>`__, a library that follows the backward pass through
 # the modules that are registered with it, by ``extend``. On each parameter ``p`` it leaves a
-# function that multiplies V vectors at once, ``[V, *p.shape] → [V, *p.shape]``. Which curvature
-# that is says an extension, such as ``GGNMP()``, whose ``savefield`` is the name of the attribute.
-# Is it the same matrix? All unit vectors at once give all of its columns. The functions work until
-# the next backward pass through the same modules. BackPACK therefore gets a copy of the network
-# here.
+# function that multiplies V vectors at once, ``[V, *p.shape] → [V, *p.shape]``. An *extension*,
+# such as ``GGNMP()``, says which curvature it multiplies with. The function is then an attribute of
+# ``p``, whose name is the extension's ``savefield``. Is it the same matrix? All unit vectors at
+# once give all of its columns. As ``extend`` leaves its hooks in the modules, BackPACK gets a copy
+# of the network.
 
 import copy
 
@@ -876,9 +877,9 @@ for modify in ("abs", "clip"):
 # %%
 # BackPACK 1.7.1 multiplies by :math:`\delta` twice, where the definition does so once. With a mean
 # over many images :math:`\delta` is small, and its square all but removes the residual. This
-# variant is still positive semi-definite, but it no longer depends on the sign of :math:`\delta`,
-# and is here hardly more than the GGN. Page 3 uses it under the name of PCH, as did the published
-# run that page 3 repeats. The spectra below are those of the definition.
+# variant is still positive semi-definite. It does not depend on the sign of :math:`\delta`, and is
+# here hardly more than the GGN. Page 3 uses it under the name of PCH, as did the published run that
+# page 3 repeats. The spectra below are those of the definition.
 #
 # Spectra
 # -------

@@ -363,7 +363,7 @@ from cgn_tutorial import cgn
 print(inspect.getsource(cgn._steps))
 
 # %%
-# Around this loop, ``cg`` looks at each step before it takes it. Is the
+# Around this loop, ``cg`` looks at each step before it accepts it. Is the
 # residual small enough, or the budget spent (`When to stop <#when-to-stop>`__)?
 # Is the curvature :math:`p^\top A p` positive (`Negative curvature
 # <#negative-curvature>`__)? Are all numbers finite? On a GPU, it waits for the
@@ -397,8 +397,8 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # with the lowest model. These are the combinations of :math:`b, A b, \ldots,
 # A^{k-1} b`. All directions are among them, as the first one is :math:`b`, and
 # each further one takes one more product. And conjugate directions are
-# independent, so that :math:`k` of them span all that these :math:`k` vectors do.
-# As :math:`b = A x`, the model can be read as a distance to the solution,
+# independent, so that :math:`k` of them span :math:`k` dimensions: all that there
+# are. As :math:`b = A x`, the model can be read as a distance to the solution,
 #
 # .. math::
 #
@@ -431,9 +431,9 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # (\kappa + 1)` at them. Its :math:`k`-th power is the polynomial of :math:`k`
 # steps of gradient descent with the best constant step size, and so bounds what
 # they leave. With the best step size for every step, each step is at least as
-# good, so that the bound holds there as well. CG can do better. The polynomial of
-# Chebyshev is as small between :math:`\mu_n` and :math:`\mu_1` as one of degree
-# :math:`k` can be, and gives CG the bound
+# good, so that the bound holds there as well. CG can do better. Of all
+# polynomials of degree :math:`k` that are 1 at zero, that of Chebyshev is the
+# smallest between :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
 #
 # .. math::
 #
@@ -691,7 +691,8 @@ for kappa, steps in ((1e3, 400), (1e6, 6000)):
 # The floor rises with the condition number, here far less than the bound allows
 # for.
 #
-# So the number of unknowns is no limit to rely on. Without a ``maxiter``,
+# One thing more follows from the picture. As neither format was done after 60
+# products, the number of unknowns is no limit to rely on. Without a ``maxiter``,
 # ``cg`` allows ten products for each unknown, as SciPy does.
 
 eigenvalues = torch.logspace(0, 4, 60).double()
@@ -720,9 +721,10 @@ assert unlimited.converged and unlimited.products > 2 * b.numel()
 #
 # .. math:: (E^{-1} A E^{-1})\, y = E^{-1} b .
 #
-# CG on this system, written in :math:`x` again, is CG on :math:`A` with
-# :math:`M = E^{-2}`. The simplest choice divides by the diagonal of :math:`A`, so
-# that the rescaled matrix has ones on its diagonal:
+# Its residuals are :math:`E^{-1} r`, and its directions :math:`E p`. So its inner
+# products are :math:`r^\top E^{-2}\, r` and :math:`p^\top A p`: CG on this system
+# is CG on :math:`A` with :math:`M = E^{-2}`. The simplest choice divides by the
+# diagonal of :math:`A`, so that the rescaled matrix has ones on its diagonal:
 
 n = 100
 W = torch.randn(n, n).double()
@@ -763,11 +765,11 @@ _ = describe(
 # The iterates are those of the rescaled system, as the last lines of the code
 # check. The thin line is the tolerance. In both solves it bounds the norm of
 # :math:`b - A x_k` itself, not that of the rescaled system. For a network,
-# BackPACK computes the diagonal of the GGN, at a price that the `benchmarks
-# <../benchmarks.html#what-else-was-tried>`__ hold against the products it saves;
-# preconditioners that cost less are due to Martens (2010) and to Chapelle and
-# Erhan, "Improved Preconditioner for Hessian Free Optimization" (2011). The
-# tutorial goes without ``M``, and relies on damping.
+# BackPACK computes the diagonal of the GGN: the `benchmarks
+# <../benchmarks.html#what-else-was-tried>`__ compare its price with the products
+# that it saves. Preconditioners that cost less are due to Martens (2010) and to
+# Chapelle and Erhan, "Improved Preconditioner for Hessian Free Optimization"
+# (2011). The tutorial goes without ``M``, and relies on damping.
 #
 # Damping
 # -------
