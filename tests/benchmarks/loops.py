@@ -84,10 +84,10 @@ def bench_loops(quick: bool) -> list[Row]:
         for way, file in files.items():
             losses, took[way] = runs(load(file), steps, seeds)
             table.append(row(loop, way, steps, "", losses, took[way]))
-        rate, losses, of_sgd = best(plain, "SGD", steps, seeds)
-        table.append(row(loop, "SGD", steps, f"{rate:g}", losses, of_sgd))
-        as_long = max(2, round(steps * took["CGN"] / of_sgd))
         for method in RATES:
+            rate, losses, spent = best(plain, method, steps, seeds)
+            table.append(row(loop, method, steps, f"{rate:g}", losses, spent))
+            as_long = max(2, round(steps * took["CGN"] / spent))
             rate, losses, spent = best(plain, method, as_long, seeds)
             way = f"{method}, in the time of CGN"
             table.append(row(loop, way, as_long, f"{rate:g}", losses, spent))
