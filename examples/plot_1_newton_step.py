@@ -133,8 +133,8 @@ assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 # A damping larger than the size of the negative curvature, :math:`\lambda > -C`, turns the
 # parabola over, and the step points downhill again.
 #
-# How much damping is enough, and how much is too much? On the left is the step from the start that
-# lies, on the right the loss after it, for every :math:`\lambda`. To try other starts, other
+# How much damping is enough, and how much is too much? On the left is the step from :math:`x =
+# 1.5`, on the right the loss after it, for every :math:`\lambda`. To try other starts, other
 # :math:`\lambda` and :math:`\gamma`, move the sliders below the figure on the site. In the script
 # and the notebook, change the next line.
 
@@ -735,9 +735,9 @@ for n in sum(p.numel() for p in model.parameters()), 10**9:
 
 # %%
 # Nobody stores the second one. Yet solvers such as `conjugate gradients
-# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector, and that takes the
-# memory of what a backward pass keeps, its graph and the activations, and a few vectors. The
-# Hessian is the Jacobian of the gradient and symmetric, so that one more backward pass, through the
+# <plot_2_conjugate_gradients.html>`__ only need its **product** with a vector. That takes a few
+# vectors, and the memory of what a backward pass keeps: its graph and the activations. The Hessian
+# is the Jacobian of the gradient and symmetric, so that one more backward pass, through the
 # gradient, gives :math:`H v`. That the product needs no matrix is due to `Pearlmutter, "Fast Exact
 # Multiplication by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__, who
 # differentiates forwards along :math:`v`. The GGN's product is read off its definition from right
@@ -950,11 +950,11 @@ lowest = [spectrum(x, "Hessian")[0] for x in (x_init, x_trained)]
 assert 0 > lowest[1] > 0.1 * lowest[0]
 
 # %%
-# What does damping do to each spectrum? It moves every eigenvalue :math:`\mu` to
-# :math:`\mu + \lambda`. Below are the sizes of the eigenvalues at initialisation, from the largest
-# eigenvalue to the smallest. Crosses are negative ones. The dashed line is the same after damping
-# with :math:`\lambda = 10^{-3}`, and ends where it gets negative. What is smaller than
-# :math:`10^{-7}`, rounding included, is drawn there.
+# What does damping do to each spectrum? It moves every eigenvalue :math:`\mu` to :math:`\mu +
+# \lambda`. Below are the sizes of the eigenvalues at initialisation, from the largest eigenvalue to
+# the smallest. Crosses are negative ones. The dashed line is the same after damping with
+# :math:`\lambda = 10^{-3}`, and ends where it gets negative. Sizes below :math:`10^{-7}` are drawn
+# as :math:`10^{-7}`.
 
 # Draw the eigenvalues with and without damping.
 fig, axes = plt.subplots(1, 4, figsize=(7, 3), sharey=True)

@@ -397,8 +397,9 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # with the lowest model. These are the combinations of :math:`b, A b, \ldots,
 # A^{k-1} b`. All directions are among them, as the first one is :math:`b`, and
 # each further one takes one more product. And conjugate directions are
-# independent, so that :math:`k` of them span :math:`k` dimensions: all that there
-# are. As :math:`b = A x`, the model can be read as a distance to the solution,
+# independent: :math:`k` of them span :math:`k` dimensions, and these :math:`k`
+# vectors cannot span more. As :math:`b = A x`, the model can be read as a
+# distance to the solution,
 #
 # .. math::
 #
@@ -499,12 +500,12 @@ _ = describe(
 # times as large takes about nine times the products.
 #
 # The error shrinks at every step, because CG minimises it. In practice the
-# solution is unknown, and what is seen is the residual. As
-# :math:`\lVert e_k \rVert_A^2 = r_k^\top A^{-1} r_k`, the squared residual lies
-# between :math:`\mu_n` and :math:`\mu_1` times the squared error. So the part of
-# the residual that is left, :math:`\lVert r_k \rVert / \lVert r_0 \rVert`, is at
-# most :math:`\sqrt{\kappa}` times as large as that of the error, and at most
-# :math:`\sqrt{\kappa}` times as small.
+# solution is unknown, and what is seen is the residual. As :math:`\lVert e_k
+# \rVert_A^2 = r_k^\top A^{-1} r_k`, the squared residual lies between
+# :math:`\mu_n` and :math:`\mu_1` times the squared error. So :math:`\lVert r_k
+# \rVert / \lVert r_0 \rVert` and :math:`\lVert e_k \rVert_A / \lVert e_0
+# \rVert_A` differ by a factor of at most :math:`\sqrt{\kappa}`, in either
+# direction.
 #
 # The error can be estimated, though. Step :math:`k` lowers the squared error by
 # :math:`\alpha_k \lVert r_k \rVert^2`, numbers that the method has at hand.
@@ -763,9 +764,9 @@ _ = describe(
 
 # %%
 # The iterates are those of the rescaled system, as the last lines of the code
-# check. The thin line is the tolerance. In both solves it bounds the norm of
-# :math:`b - A x_k` itself, not that of the rescaled system. For a network,
-# BackPACK computes the diagonal of the GGN: the `benchmarks
+# check. The thin line is the tolerance. In both solves it bounds the residual
+# :math:`r` itself, not that of the rescaled system, :math:`E^{-1} r`. For a
+# network, BackPACK computes the diagonal of the GGN: the `benchmarks
 # <../benchmarks.html#what-else-was-tried>`__ compare its price with the products
 # that it saves. Preconditioners that cost less are due to Martens (2010) and to
 # Chapelle and Erhan, "Improved Preconditioner for Hessian Free Optimization"
@@ -876,7 +877,7 @@ _ = describe(
 #
 # .. math::
 #
-#    \lVert b - A x_k \rVert \le
+#    \lVert r_k \rVert \le
 #    \max(\mathrm{tol} \cdot \lVert b \rVert, \mathrm{atol}),
 #
 # or after ``maxiter`` products. Each option has its task:
