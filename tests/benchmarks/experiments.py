@@ -232,7 +232,7 @@ def ablation(seed: int) -> dict[str, list[float]]:
     """The losses of each way, and of SGD with one rate, and with a rate per parameter."""
     runs = race(list(ABLATION.values()), seed, steps=ABLATION_STEPS)
     found = dict(zip(ABLATION, (run.losses for run in runs), strict=True))
-    rates = {f"SGD, rate {rate:g}": rate for rate in RATES}
+    rates: dict[str, Any] = {f"SGD, rate {rate:g}": rate for rate in RATES}
     rates["SGD, a rate per parameter"] = step_rates(ABLATION["GGN"], seed)
     runs = race([Setting("SGD", {"lr": lr}) for lr in rates.values()], seed, steps=RATES_STEPS)
     found |= zip(rates, (run.losses for run in runs), strict=True)
