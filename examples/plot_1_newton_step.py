@@ -109,7 +109,7 @@ assert lying + newton_step(lying) > lying  # away from the minimum at 0
 # the model, a price on long steps: the curvature becomes :math:`C + \lambda`. Does either help
 # where the full step failed?
 
-# Draw the three remedies.
+# Draw three attempts to mend the step.
 fig, axes = plt.subplots(1, 3, figsize=(7, 3), sharey=True)
 draw_step(axes[0], far, gamma=0.5)
 axes[0].set(title="x = 0.8, γ = 0.5", ylabel="loss")
@@ -484,7 +484,7 @@ print(f"the residual has {residual:.0%} of the Hessian's norm")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
 
-share = outputs(x_init).softmax(dim=1)  # the Fisher matrix has the same core:
+share = outputs(x_init).softmax(dim=1)  # the Fisher's middle factor:
 gradients = share[:, None] - torch.eye(3).double()  # of z, for each label
 fisher = torch.einsum("nc,nci,ncj->nij", share, gradients, gradients)
 torch.testing.assert_close(fisher / len(share), H_L)
@@ -527,15 +527,16 @@ torch.testing.assert_close(fisher / len(share), H_L)
 #
 # The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss,
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
-# the curvature of the network itself comes in. Set it to 0, and what remains is :math:`H_L`,
-# multiplied from both sides by the Jacobians of all that the recursion passes. With the last one of
-# them, that of a layer's output :math:`z` with respect to its parameters, this is a block of
-# :math:`G = J^\top H_L\, J`: the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r`
-# by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign
-# of :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
-# are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou
-# and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training
-# Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
+# the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
+# :math:`H_L` from both sides by Jacobians, those of weights and sigmoids. The next section adds the
+# last one, that of a layer's :math:`z` with respect to its parameters. The product of them all is
+# :math:`J`, for this layer: so :math:`r = 0` gives blocks of :math:`G = J^\top H_L\, J`, the GGN.
+# The **positive-curvature Hessian** (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by
+# :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of :math:`r`, *clip* its
+# negative part, and the PCH is positive semi-definite since all terms now are. It is not the
+# Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou and Chang, "BDA-PCH:
+# Block-Diagonal Approximation of Positive-Curvature Hessian for Training Neural Networks" (2018)
+# <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
 
@@ -561,8 +562,9 @@ RESIDUALS = {
 #
 # and both are summed over the images. Here, a **block** is the square part of the matrix that
 # belongs to one parameter tensor, a weight or a bias. A block-diagonal curvature keeps these blocks
-# and drops everything between two tensors. Blocks of a positive semi-definite matrix are positive
-# semi-definite: choose :math:`v` zero outside the block.
+# and drops everything between two tensors. The two blocks above are positive semi-definite if
+# :math:`H_z` is. So are the blocks of any positive semi-definite matrix: choose :math:`v` zero
+# outside the block.
 
 
 def forward(x):

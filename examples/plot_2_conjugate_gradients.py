@@ -395,11 +395,13 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # **What CG minimises.** After :math:`k` steps, the residual is orthogonal to all
 # :math:`k` directions: among all of their combinations, :math:`x_k` is the one
 # with the lowest model. These are the combinations of :math:`b, A b, \ldots,
-# A^{k-1} b`. All directions are among them, as the first one is :math:`b`, and
-# each further one takes one more product. And conjugate directions are
-# independent: :math:`k` of them span :math:`k` dimensions, and these :math:`k`
-# vectors cannot span more. As :math:`b = A x`, the model can be read as a
-# distance to the solution,
+# A^{k-1} b`. For the first direction is :math:`b`, and from one to the next,
+# :math:`p_{k+1} = r_k - \alpha_k A p_k + \beta_k\, p_k`, the highest power of
+# :math:`A` grows by one. So all :math:`k` directions are among these
+# combinations. They are also independent, since they are conjugate, and so span
+# as much as :math:`b, A b, \ldots, A^{k-1} b` can.
+#
+# As :math:`b = A x`, the model can be read as a distance to the solution,
 #
 # .. math::
 #
@@ -411,13 +413,13 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 #
 # in the norm :math:`\lVert e \rVert_A = \sqrt{e^\top A e}`, the A-norm.
 #
-# **The residual is a polynomial.** A combination of :math:`b, A b, \ldots,
-# A^{k-1} b` is a polynomial in :math:`A`, times :math:`b`. So :math:`b` less
-# :math:`A` times that combination is :math:`\pi(A)\, b`, with a polynomial
-# :math:`\pi` of degree :math:`k` that is 1 at zero. All such polynomials come
-# about in this way, and CG finds the best of them. The error is :math:`e_k =
-# -A^{-1} r_k = \pi(A)\, e_0`: in an eigenvector's direction, with the eigenvalue
-# :math:`\mu_i`, it is :math:`\pi(\mu_i)` times what it was.
+# **The residual is a polynomial.** As a combination of these vectors, :math:`x_k`
+# is a polynomial in :math:`A`, times :math:`b`. So :math:`r_k = b - A x_k` is
+# :math:`\pi(A)\, b`, with a polynomial :math:`\pi` of degree :math:`k`, or less,
+# that has :math:`\pi(0) = 1`. Every such polynomial belongs to some combination,
+# and CG takes the best one. The error is :math:`e_k = -A^{-1} r_k = \pi(A)\,
+# e_0`: in an eigenvector's direction, with the eigenvalue :math:`\mu_i`, it is
+# :math:`\pi(\mu_i)` times what it was.
 #
 # **So any polynomial gives a bound.** With one of one's own choice,
 #
@@ -431,10 +433,11 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # crosses zero half way between the two has the values :math:`\pm (\kappa - 1) /
 # (\kappa + 1)` at them. Its :math:`k`-th power is the polynomial of :math:`k`
 # steps of gradient descent with the best constant step size, and so bounds what
-# they leave. With the best step size for every step, each step is at least as
-# good, so that the bound holds there as well. CG can do better. Of all
-# polynomials of degree :math:`k` that are 1 at zero, that of Chebyshev is the
-# smallest between :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
+# they leave. The best step size for a step lowers the A-norm of the error at
+# least as much as the constant one would from the same point, so that the bound
+# holds for it as well. CG can do better. Of all polynomials of degree :math:`k`
+# that are 1 at zero, that of Chebyshev is the smallest between :math:`\mu_n` and
+# :math:`\mu_1`, and gives CG the bound
 #
 # .. math::
 #
@@ -722,10 +725,12 @@ assert unlimited.converged and unlimited.products > 2 * b.numel()
 #
 # .. math:: (E^{-1} A E^{-1})\, y = E^{-1} b .
 #
-# Its residuals are :math:`E^{-1} r`, and its directions :math:`E p`. So its inner
-# products are :math:`r^\top E^{-2}\, r` and :math:`p^\top A p`: CG on this system
-# is CG on :math:`A` with :math:`M = E^{-2}`. The simplest choice divides by the
-# diagonal of :math:`A`, so that the rescaled matrix has ones on its diagonal:
+# Write its residuals as :math:`E^{-1} r` and its directions as :math:`E p`. Then
+# its inner products are :math:`r^\top E^{-2}\, r` and :math:`p^\top A p`, and the
+# next direction, :math:`E p_+ = E^{-1} r_+ + \beta E p`, is :math:`p_+ = E^{-2}
+# r_+ + \beta p`: it is CG on :math:`A` with :math:`M = E^{-2}`. The simplest
+# choice divides by the diagonal of :math:`A`, so that the rescaled matrix has
+# ones on its diagonal:
 
 n = 100
 W = torch.randn(n, n).double()
@@ -862,10 +867,9 @@ _ = describe(
 )
 
 # %%
-# Less damping costs products, and lengthens the step: :math:`\lambda` shortens
-# it most where the curvature is small, in the directions that CG finds last.
-# The growth stays below the factor :math:`\sqrt{10}`, and the solves take far
-# fewer products than there are unknowns.
+# Less damping costs products, and lengthens the step, most of all where the
+# curvature is small. The growth stays below the factor :math:`\sqrt{10}`, and the
+# solves take far fewer products than there are unknowns.
 #
 # When to stop
 # ------------
@@ -885,8 +889,8 @@ _ = describe(
 # - ``tol`` is the accuracy, relative to the gradient: 0.1 asks for one digit,
 #   whatever the scale of the loss.
 # - ``atol`` is the size, in the units of the gradient, below which a residual
-#   counts as zero. A gradient smaller than that costs no product, and its
-#   parameter stays where it is.
+#   counts as zero. A gradient smaller than that costs no product, and its step is
+#   zero.
 # - ``maxiter`` is the budget: the solve takes at most so many products, and
 #   returns the iterate it has reached.
 
