@@ -431,13 +431,14 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # Let all eigenvalues lie between :math:`\mu_n` and :math:`\mu_1`, with the
 # condition number :math:`\kappa = \mu_1 / \mu_n`. The line that is 1 at zero and
 # crosses zero half way between the two has the values :math:`\pm (\kappa - 1) /
-# (\kappa + 1)` at them. Its :math:`k`-th power is the polynomial of :math:`k`
-# steps of gradient descent with the best constant step size, and so bounds what
-# they leave. The best step size for a step lowers the A-norm of the error at
-# least as much as the constant one would from the same point, so that the bound
-# holds for it as well. CG can do better. Of all polynomials of degree :math:`k`
-# that are 1 at zero, that of Chebyshev is the smallest between :math:`\mu_n` and
-# :math:`\mu_1`, and gives CG the bound
+# (\kappa + 1)` at them. A step of gradient descent of the constant size
+# :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
+# which is this line. So its :math:`k`-th power bounds what :math:`k` such steps
+# leave. The step size :math:`\alpha`, which is the best for its step, lowers the
+# A-norm of the error at least as much, from any point, so that the bound holds
+# for gradient descent as above, too. CG can do better. Of all polynomials of
+# degree :math:`k` that are 1 at zero, that of Chebyshev is the smallest between
+# :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
 #
 # .. math::
 #
@@ -510,11 +511,12 @@ _ = describe(
 # \rVert_A` differ by a factor of at most :math:`\sqrt{\kappa}`, in either
 # direction.
 #
-# The error can be estimated, though. Step :math:`k` lowers the squared error by
-# :math:`\alpha_k \lVert r_k \rVert^2`, numbers that the method has at hand.
-# Summed over the last five steps, they are the squared error of five steps ago,
-# less the squared error of now (Strakoš and Tichý, `On error estimation in the
-# conjugate gradient method
+# The error can be estimated, though. In step :math:`k`, the model falls by
+# :math:`\tfrac{1}{2} \alpha_k\, p_k^\top r_k`, so that :math:`\lVert e_k
+# \rVert_A^2` falls by :math:`\alpha_k \lVert r_k \rVert^2`, numbers that the
+# method has at hand. Summed over the last five steps, they are the squared error
+# of five steps ago, less the squared error of now (Strakoš and Tichý, `On error
+# estimation in the conjugate gradient method
 # <https://etna.math.kent.edu/vol.13.2002/pp56-80.dir/pp56-80.pdf>`__, 2002). How
 # close does the root of that sum come to the error of five steps ago?
 
@@ -668,12 +670,13 @@ _ = describe(
 )
 
 # %%
-# After 60 products, the thin line, neither is done: rounding spoils the
-# conjugacy to directions long past, and CG has to repeat itself. It gets there
-# later, but not below a floor, while the residual of the recurrence goes on
-# falling. ``cg`` stops by the latter, so that tolerances near the rounding of the
-# format, 1e-7 in float32, promise too much. Above one hundredth the two residuals
-# agree to a percent, so that the tolerance of training, 0.1, means what it says.
+# After 60 products, the thin line, neither is done: rounding spoils the conjugacy
+# to directions long past, and CG has to repeat itself. It gets there later, but
+# not below a floor, while the residual of the recurrence goes on falling. ``cg``
+# stops by the latter, so that tolerances near the rounding of the format, 1e-7 in
+# float32, promise too much. Where they are above one hundredth, relative to
+# :math:`\lVert b \rVert`, the two residuals agree to a percent, so that the
+# tolerance of training, 0.1, means what it says.
 #
 # How high is the floor? In each step, the recurrence makes rounding errors of
 # about the precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and they
@@ -725,12 +728,12 @@ assert unlimited.converged and unlimited.products > 2 * b.numel()
 #
 # .. math:: (E^{-1} A E^{-1})\, y = E^{-1} b .
 #
-# Write its residuals as :math:`E^{-1} r` and its directions as :math:`E p`. Then
-# its inner products are :math:`r^\top E^{-2}\, r` and :math:`p^\top A p`, and the
-# next direction, :math:`E p_+ = E^{-1} r_+ + \beta E p`, is :math:`p_+ = E^{-2}
-# r_+ + \beta p`: it is CG on :math:`A` with :math:`M = E^{-2}`. The simplest
-# choice divides by the diagonal of :math:`A`, so that the rescaled matrix has
-# ones on its diagonal:
+# Run CG on this system, and write its residuals as :math:`E^{-1} r` and its
+# directions as :math:`E p`. Then its inner products are :math:`r^\top E^{-2}\, r`
+# and :math:`p^\top A p`. Its next direction is :math:`E p_+ = E^{-1} r_+ + \beta
+# E p`, or :math:`p_+ = E^{-2} r_+ + \beta p`. That is the algorithm with :math:`M
+# = E^{-2}`. The simplest choice divides by the diagonal of :math:`A`, so that the
+# rescaled matrix has ones on its diagonal:
 
 n = 100
 W = torch.randn(n, n).double()
