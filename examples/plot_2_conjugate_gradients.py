@@ -421,7 +421,8 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # e_0`: in an eigenvector's direction, with the eigenvalue :math:`\mu_i`, it is
 # :math:`\pi(\mu_i)` times what it was.
 #
-# **So any polynomial gives a bound.** With one of one's own choice,
+# **So any polynomial gives a bound.** CG's error is at most that of any other
+# choice of :math:`\pi`, so that for each of them
 #
 # .. math::
 #
@@ -434,11 +435,11 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # (\kappa + 1)` at them. A step of gradient descent of the constant size
 # :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
 # which is this line. So its :math:`k`-th power bounds what :math:`k` such steps
-# leave. The step size :math:`\alpha`, which is the best for its step, lowers the
-# A-norm of the error at least as much, from any point, so that the bound holds
-# for gradient descent as above, too. CG can do better. Of all polynomials of
-# degree :math:`k` that are 1 at zero, that of Chebyshev is the smallest between
-# :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
+# leave. From the same point, a step of the best size, :math:`\alpha`, lowers the
+# A-norm of the error at least as much as one of size :math:`\eta`. So none of its
+# steps has a worse factor, and the bound holds for it as well. CG can do better.
+# Of all polynomials of degree :math:`k` that are 1 at zero, that of Chebyshev is
+# the smallest between :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
 #
 # .. math::
 #
@@ -674,9 +675,9 @@ _ = describe(
 # to directions long past, and CG has to repeat itself. It gets there later, but
 # not below a floor, while the residual of the recurrence goes on falling. ``cg``
 # stops by the latter, so that tolerances near the rounding of the format, 1e-7 in
-# float32, promise too much. Where they are above one hundredth, relative to
-# :math:`\lVert b \rVert`, the two residuals agree to a percent, so that the
-# tolerance of training, 0.1, means what it says.
+# float32, promise too much. As long as the relative residual is above one
+# hundredth, the two agree to a percent: the tolerance of training, 0.1, means
+# what it says.
 #
 # How high is the floor? In each step, the recurrence makes rounding errors of
 # about the precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and they
