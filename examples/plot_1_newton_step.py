@@ -529,15 +529,15 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
 # the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
 # :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. Their
-# product is the Jacobian of the outputs with respect to a layer's :math:`z`. Times that of
-# :math:`z` with respect to the layer's parameters, which the next section adds, it is their part of
-# :math:`J`. So without :math:`r`, the recursion gives blocks of :math:`J^\top H_L\, J`, the GGN.
-# The **positive-curvature Hessian** (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by
-# :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of :math:`r`, *clip* its
-# negative part, and the PCH is positive semi-definite since all terms now are. It is not the
-# Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou and Chang, "BDA-PCH:
-# Block-Diagonal Approximation of Positive-Curvature Hessian for Training Neural Networks" (2018)
-# <https://arxiv.org/abs/1802.06502>`__.
+# product is the Jacobian of the outputs with respect to a layer's :math:`z`. The next section
+# multiplies it by the Jacobian of :math:`z` with respect to the layer's parameters, and the product
+# of the two is the layer's part of :math:`J`. So without :math:`r`, the recursion gives blocks of
+# :math:`J^\top H_L\, J`, the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r` by
+# :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of
+# :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
+# are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou
+# and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training
+# Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
 

@@ -395,11 +395,12 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # **What CG minimises.** After :math:`k` steps, the residual is orthogonal to all
 # :math:`k` directions: among all of their combinations, :math:`x_k` is the one
 # with the lowest model. These are the combinations of :math:`b, A b, \ldots,
-# A^{k-1} b`. For the first direction is :math:`b`, and from one to the next,
-# :math:`p_{k+1} = r_k - \alpha_k A p_k + \beta_k\, p_k`, the highest power of
-# :math:`A` grows by one. So all :math:`k` directions are among these
-# combinations. They are also independent, since they are conjugate, and so span
-# as much as :math:`b, A b, \ldots, A^{k-1} b` can.
+# A^{k-1} b`. To see it, write each direction as a polynomial in :math:`A`, times
+# :math:`b`. The first one is :math:`b`, and as :math:`p_{k+1} = r_k - \alpha_k A
+# p_k + \beta_k\, p_k`, the degree grows by one from each direction to the next.
+# So all :math:`k` directions are among these combinations. They are also
+# independent, since they are conjugate, and so span as much as :math:`b, A b,
+# \ldots, A^{k-1} b` can.
 #
 # As :math:`b = A x`, the model can be read as a distance to the solution,
 #
@@ -430,16 +431,17 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 #    \le \max_i\, \lvert \pi(\mu_i) \rvert .
 #
 # Let all eigenvalues lie between :math:`\mu_n` and :math:`\mu_1`, with the
-# condition number :math:`\kappa = \mu_1 / \mu_n`. The line that is 1 at zero and
-# crosses zero half way between the two has the values :math:`\pm (\kappa - 1) /
-# (\kappa + 1)` at them. A step of gradient descent of the constant size
-# :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
-# which is this line. So its :math:`k`-th power bounds what :math:`k` such steps
-# leave. From the same point, a step of the best size, :math:`\alpha`, lowers the
-# A-norm of the error at least as much as one of size :math:`\eta`. So none of its
-# steps has a worse factor, and the bound holds for it as well. CG can do better.
-# Of all polynomials of degree :math:`k` that are 1 at zero, that of Chebyshev is
-# the smallest between :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
+# condition number :math:`\kappa = \mu_1 / \mu_n`. The line :math:`\pi(\mu) = 1 -
+# 2 \mu / (\mu_1 + \mu_n)` has the values :math:`\pm (\kappa - 1) / (\kappa + 1)`
+# at :math:`\mu_n` and :math:`\mu_1`, and smaller ones between. A step of gradient
+# descent of the constant size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the
+# error by :math:`I - \eta A`, which is this line. So its :math:`k`-th power
+# bounds what :math:`k` such steps leave. The best size for every step,
+# :math:`\alpha`, does no worse: from the same point, it lowers the A-norm of the
+# error at least as much as :math:`\eta` does. So the bound also holds for the
+# gradient descent with which this page began. CG can do better. Of all
+# polynomials of degree :math:`k` that are 1 at zero, that of Chebyshev is the
+# smallest between :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
 #
 # .. math::
 #
