@@ -455,16 +455,16 @@ _ = describe(
 # vector from right to left never forms the large square.
 #
 # Relatives of it go by other names. Where the loss is a negative log-likelihood, as cross-entropy
-# is, the model gives each possible label a probability. Take an image's gradient :math:`g` for each
-# label, as if that were the true one, average the products :math:`g g^\top` with these
-# probabilities, and then over the images: that is the **Fisher** matrix, and for softmax and
-# cross-entropy it equals the GGN (`Martens, "New Insights and Perspectives on the Natural Gradient
-# Method" (2020) <https://arxiv.org/abs/1412.1193>`__). The **empirical Fisher** takes :math:`g
-# g^\top` for the label in the data alone, and is in general neither the Fisher matrix nor the GGN
-# (`Kunstner, Hennig and Balles, "Limitations of the Empirical Fisher Approximation for Natural
-# Gradient Descent" (2019) <https://arxiv.org/abs/1905.12558>`__). K-FAC approximates each layer's
-# block of the Fisher by a Kronecker product of two small matrices, which can be stored and
-# inverted, where this tutorial multiplies by the block itself.
+# is, the model gives each possible label a probability. For each label, take the gradient :math:`g`
+# that an image would have if the label were the true one, and average the products :math:`g g^\top`
+# with these probabilities. Averaged over the images as well, they are the **Fisher** matrix. For
+# softmax and cross-entropy it equals the GGN (`Martens, "New Insights and Perspectives on the
+# Natural Gradient Method" (2020) <https://arxiv.org/abs/1412.1193>`__). The **empirical Fisher**
+# takes :math:`g g^\top` for the label in the data alone, and is in general neither the Fisher
+# matrix nor the GGN (`Kunstner, Hennig and Balles, "Limitations of the Empirical Fisher
+# Approximation for Natural Gradient Descent" (2019) <https://arxiv.org/abs/1905.12558>`__). K-FAC
+# approximates each layer's block of the Fisher by a Kronecker product of two small matrices, which
+# can be stored and inverted, where this tutorial multiplies by the block itself.
 
 
 def loss_hessians(z):  # H_L of softmax and cross-entropy, per image
@@ -529,10 +529,10 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
 # the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
 # :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. Their
-# product is the Jacobian of the outputs with respect to a layer's :math:`z`. The next section
-# multiplies it by the Jacobian of :math:`z` with respect to the layer's parameters, and the product
-# of the two is the layer's part of :math:`J`. So without :math:`r`, the recursion gives blocks of
-# :math:`J^\top H_L\, J`, the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r` by
+# product is the Jacobian of the outputs with respect to a layer's :math:`z`. From :math:`z` to the
+# layer's parameters there is one more Jacobian, of which the next section makes use, and all of
+# them together are the layer's part of :math:`J`. So without :math:`r`, the recursion gives blocks
+# of :math:`J^\top H_L\, J`, the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r` by
 # :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of
 # :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
 # are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou
@@ -909,7 +909,7 @@ assert loss(x_trained) < 0.1 * loss(x_init)
 # %%
 # Below, each mark is one eigenvalue of the block-diagonal matrix, on an axis that is linear up to
 # :math:`10^{-5}` and logarithmic beyond. The printed table lists, for both points, how many are
-# negative, the smallest and the largest.
+# negative beyond rounding, the smallest and the largest.
 
 
 def spectrum(x, name):

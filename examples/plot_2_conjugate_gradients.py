@@ -368,7 +368,7 @@ print(inspect.getsource(cgn._steps))
 # Is the curvature :math:`p^\top A p` positive (`Negative curvature
 # <#negative-curvature>`__)? Are all numbers finite? On a GPU, it waits for the
 # device once per step, to fetch the numbers that decide. Its callback collects
-# the iterates, which are those of both loops above.
+# the iterates, which are those of ``descend`` and of ``textbook_cg``.
 
 from cgn_tutorial import cg
 
@@ -395,12 +395,12 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # **What CG minimises.** After :math:`k` steps, the residual is orthogonal to all
 # :math:`k` directions: among all of their combinations, :math:`x_k` is the one
 # with the lowest model. These are the combinations of :math:`b, A b, \ldots,
-# A^{k-1} b`. To see it, write each direction as a polynomial in :math:`A`, times
-# :math:`b`. The first one is :math:`b`, and as :math:`p_{k+1} = r_k - \alpha_k A
-# p_k + \beta_k\, p_k`, the degree grows by one from each direction to the next.
-# So all :math:`k` directions are among these combinations. They are also
-# independent, since they are conjugate, and so span as much as :math:`b, A b,
-# \ldots, A^{k-1} b` can.
+# A^{k-1} b`. To see it, write residuals and directions as polynomials in
+# :math:`A`, times :math:`b`. Both begin with :math:`b`. From step to step, the
+# degree of :math:`r_{k+1} = r_k - \alpha_k A p_k` grows by one, and that of
+# :math:`p_{k+1} = r_{k+1} + \beta_k\, p_k` with it. So all :math:`k` directions
+# are among these combinations. They are also independent, since they are
+# conjugate, and so span as much as :math:`b, A b, \ldots, A^{k-1} b` can.
 #
 # As :math:`b = A x`, the model can be read as a distance to the solution,
 #
@@ -435,13 +435,13 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # 2 \mu / (\mu_1 + \mu_n)` has the values :math:`\pm (\kappa - 1) / (\kappa + 1)`
 # at :math:`\mu_n` and :math:`\mu_1`, and smaller ones between. A step of gradient
 # descent of the constant size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the
-# error by :math:`I - \eta A`, which is this line. So its :math:`k`-th power
-# bounds what :math:`k` such steps leave. The best size for every step,
-# :math:`\alpha`, does no worse: from the same point, it lowers the A-norm of the
-# error at least as much as :math:`\eta` does. So the bound also holds for the
-# gradient descent with which this page began. CG can do better. Of all
-# polynomials of degree :math:`k` that are 1 at zero, that of Chebyshev is the
-# smallest between :math:`\mu_n` and :math:`\mu_1`, and gives CG the bound
+# error by :math:`I - \eta A`, which is this line: it leaves at most the part
+# :math:`(\kappa - 1) / (\kappa + 1)` of the A-norm. From the same point, a step
+# of the best size, :math:`\alpha`, leaves no more. So :math:`k` steps of either
+# kind of gradient descent leave at most the :math:`k`-th power of that part. CG
+# can do better. Of all polynomials of degree :math:`k` that are 1 at zero, that
+# of Chebyshev is the smallest between :math:`\mu_n` and :math:`\mu_1`, and gives
+# CG the bound
 #
 # .. math::
 #
@@ -619,9 +619,9 @@ _ = describe(
 # On the left, CG's polynomial of degree 3 has found all three clusters, the black
 # dots. On the right, all three matrices have nearly the same condition number.
 # Three distinct values take three steps, whatever the number of unknowns, and
-# narrow clusters a few more. A curvature matrix with a few large eigenvalues and
-# a crowd of tiny ones, which damping moves together to :math:`\lambda`, is of the
-# easy kind (there are some among the `spectra
+# narrow clusters about a dozen here. A curvature matrix with a few large
+# eigenvalues and a crowd of tiny ones, which damping moves together to
+# :math:`\lambda`, is of the easy kind (there are some among the `spectra
 # <plot_1_newton_step.html#spectra>`__ of page 1).
 #
 # Rounding
@@ -674,18 +674,18 @@ _ = describe(
 
 # %%
 # After 60 products, the thin line, neither is done: rounding spoils the conjugacy
-# to directions long past, and CG has to repeat itself. It gets there later, but
-# not below a floor, while the residual of the recurrence goes on falling. ``cg``
-# stops by the latter, so that tolerances near the rounding of the format, 1e-7 in
-# float32, promise too much. As long as the relative residual is above one
-# hundredth, the two agree to a percent: the tolerance of training, 0.1, means
-# what it says.
+# to directions long past, and CG has to repeat itself. It gets there later. But
+# :math:`b - A x_k` does not fall below a floor, while the residual of the
+# recurrence goes on falling. ``cg`` stops by that of the recurrence, so that
+# tolerances near the rounding of the format, 1e-7 in float32, promise too much.
+# As long as the relative residual is above one hundredth, the two agree to a
+# percent: the tolerance of training, 0.1, means what it says.
 #
-# How high is the floor? In each step, the recurrence makes rounding errors of
-# about the precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and they
-# add up to the difference between the residual that it carries along and
-# :math:`b - A x_k`. Greenbaum, `Estimating the
-# Attainable Accuracy of Recursively Computed Residual Methods
+# How high is the floor? In each step, :math:`x_k` and :math:`r_k` are rounded,
+# each on its own. The rounding of :math:`x_k` changes :math:`b - A x_k` by up to
+# the precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and the residual
+# of the recurrence knows nothing of it. Greenbaum, `Estimating the Attainable
+# Accuracy of Recursively Computed Residual Methods
 # <https://doi.org/10.1137/S0895479895284944>`__, 1997, bounds the floor by a
 # multiple of the largest of these errors. The next lines print both in float64,
 # for two condition numbers, in units of the precision times :math:`\lVert b
