@@ -30,8 +30,9 @@ To run this page yourself, download it from its end, and install its package:
 #     q(v) = L(x) + g v + \tfrac{1}{2} C v^2
 #
 # with :math:`g = L'(x)` and :math:`C = L''(x)`. Its slope :math:`g + C v` vanishes at :math:`v = -g
-# / C`: the **Newton step**. There is no minus sign left for the update: :math:`v` already points
-# downhill, as long as :math:`C > 0`. Automatic differentiation gives both derivatives.
+# / C`: the **Newton step**. There is no minus sign left for the update, :math:`x \leftarrow x + v`:
+# :math:`v` already points downhill, as long as :math:`C > 0`. Automatic differentiation gives both
+# derivatives.
 
 import torch
 from torch.func import grad
@@ -484,8 +485,10 @@ print(f"the residual has {residual:.0%} of the Hessian's norm")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
 
-share = outputs(x_init).softmax(dim=1)  # the Fisher's middle factor:
-gradients = share[:, None] - torch.eye(3).double()  # of z, for each label
+# The Fisher matrix has the middle factor H_L, too: from the gradients with
+# respect to z, for each label.
+share = outputs(x_init).softmax(dim=1)
+gradients = share[:, None] - torch.eye(3).double()
 fisher = torch.einsum("nc,nci,ncj->nij", share, gradients, gradients)
 torch.testing.assert_close(fisher / len(share), H_L)
 
@@ -528,16 +531,16 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss,
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
 # the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
-# :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. Their
-# product is the Jacobian of the outputs with respect to a layer's :math:`z`. From :math:`z` to the
-# layer's parameters there is one more Jacobian, of which the next section makes use, and all of
-# them together are the layer's part of :math:`J`. So without :math:`r`, the recursion gives blocks
-# of :math:`J^\top H_L\, J`, the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r` by
-# :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of
-# :math:`r`, *clip* its negative part, and the PCH is positive semi-definite since all terms now
-# are. It is not the Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou
-# and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training
-# Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.
+# :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. A layer's
+# part of :math:`J` is the product of these Jacobians and, as its last factor, that of :math:`z`
+# with respect to the layer's own parameters, which the next section adds. So without :math:`r`, the
+# recursion gives blocks of :math:`J^\top H_L\, J`, the GGN. The **positive-curvature Hessian**
+# (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer.
+# So *abs* drops the sign of :math:`r`, *clip* its negative part, and the PCH is positive
+# semi-definite since all terms now are. It is not the Hessian with its negative eigenvalues cut
+# off. The idea is due to `Chen, Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of
+# Positive-Curvature Hessian for Training Neural Networks" (2018)
+# <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
 

@@ -147,12 +147,12 @@ one, _, three = gradient_descent.diff(dim=0)[:3]
 torch.testing.assert_close(three / three.norm(), one / one.norm())
 
 # %%
-# Both begin with the same step. Gradient descent then turns at a right angle
-# in the left figure, every time, so that its third step is parallel to its
-# first and repairs what the second one undid. The conjugate path turns at a
-# right angle in the right figure. There the contours are circles, and the first
-# step ends where it is tangent to one of them. At a right angle to a tangent lies
-# the centre.
+# Both begin with the same step. Gradient descent then turns at a right angle in
+# the left figure, every time, so that its third step is parallel to its first and
+# repairs what the second one undid. The conjugate path turns at a right angle in
+# the right figure. There the contours are circles. The first step runs along a
+# tangent of the circle on which it ends; the second one, at a right angle to it,
+# along the radius to the centre.
 #
 # What if the valley is longer, and the start another one? Keep the solution and
 # the eigenvectors of :math:`A`, and let :math:`\kappa` be the ratio of its two
