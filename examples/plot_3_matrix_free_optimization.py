@@ -731,7 +731,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
 plot_histories(left, compared, "loss")
 left.set(ylim=(0, 4.2))
 left.legend(frameon=False, loc="upper left")
-right.bar(range(STEPS), stops, color=COLORS["green"])
+right.stairs(stops, fill=True, color=COLORS["green"])
 right.set(xlabel="iteration", ylabel="solves that stop, of 8", ylim=(0, 8))
 figure.tight_layout()
 _ = describe(
