@@ -729,7 +729,7 @@ compared = {
 }
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3))
 plot_histories(left, compared, "loss")
-left.set(ylim=(0, 4.2))
+left.set(ylim=(0, 5.4))  # with room for the legend
 left.legend(frameon=False, loc="upper left")
 right.stairs(stops, fill=True, color=COLORS["green"])
 right.set(xlabel="iteration", ylabel="solves that stop, of 8", ylim=(0, 8))
