@@ -485,12 +485,12 @@ print(f"the residual has {residual:.0%} of the Hessian's norm")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
 
-# The Fisher matrix has the middle factor H_L, too: from the gradients with
-# respect to z, for each label.
+# An image's gradient is Jᵀ times that with respect to z. So the Fisher matrix
+# is Jᵀ F J, where F averages the products of the latter: F is H_L again.
 share = outputs(x_init).softmax(dim=1)
 gradients = share[:, None] - torch.eye(3).double()
-fisher = torch.einsum("nc,nci,ncj->nij", share, gradients, gradients)
-torch.testing.assert_close(fisher / len(share), H_L)
+F = torch.einsum("nc,nci,ncj->nij", share, gradients, gradients) / len(share)
+torch.testing.assert_close(F, H_L)
 
 # %%
 # Positive-curvature Hessian
@@ -502,26 +502,26 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # :math:`H_z`, :math:`H_h` and :math:`H_a` be the Hessians of the loss with respect to :math:`z`,
 # :math:`h` and :math:`a`.
 #
-# - **Through the weight.** :math:`z` is linear in :math:`h`, with the Jacobian :math:`W`:
+# **Through the weight.** :math:`z` is linear in :math:`h`, with the Jacobian :math:`W`:
 #
-#   .. math:: H_h = W^\top H_z W .
+# .. math:: H_h = W^\top H_z W .
 #
-# - **Through the sigmoid.** With :math:`\delta = \partial L / \partial h`, the chain rule gives
-#   :math:`\partial L / \partial a_i = \sigma'(a_i)\, \delta_i`. Differentiate that once more, with
-#   respect to :math:`a_j`: the change of :math:`\delta_i` gives :math:`\sigma'(a_i)\, (H_h)_{ij}\,
-#   \sigma'(a_j)`, and the change of :math:`\sigma'(a_i)` gives, for :math:`i = j` only,
-#   :math:`r_i = \sigma''(a_i)\, \delta_i`. As matrices,
+# **Through the sigmoid.** With :math:`\delta = \partial L / \partial h`, the chain rule gives
+# :math:`\partial L / \partial a_i = \sigma'(a_i)\, \delta_i`. Differentiate that once more, with
+# respect to :math:`a_j`: the change of :math:`\delta_i` gives :math:`\sigma'(a_i)\, (H_h)_{ij}\,
+# \sigma'(a_j)`, and the change of :math:`\sigma'(a_i)` gives, for :math:`i = j` only,
+# :math:`r_i = \sigma''(a_i)\, \delta_i`. As matrices,
 #
-#   .. math::
+# .. math::
 #
-#       \begin{aligned}
-#       H_a &= \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
-#           + \operatorname{diag}(r), \\
-#       r &= \sigma''(a) \odot \delta .
-#       \end{aligned}
+#     \begin{aligned}
+#     H_a &= \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
+#         + \operatorname{diag}(r), \\
+#     r &= \sigma''(a) \odot \delta .
+#     \end{aligned}
 #
-# - **And on.** :math:`a` is what the layer below calls :math:`z`, so that :math:`H_a` is the
-#   :math:`H_z` with which that layer goes on.
+# **And on.** :math:`a` is what the layer below calls :math:`z`, so that :math:`H_a` is the
+# :math:`H_z` with which that layer goes on.
 #
 # Such recursions are used by `Botev, Ritter and Barber, "Practical Gauss-Newton Optimisation for
 # Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__, and, for many kinds of layers, by
@@ -531,15 +531,17 @@ torch.testing.assert_close(fisher / len(share), H_L)
 # The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss,
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
 # the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
-# :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. A layer's
-# part of :math:`J` is the product of these Jacobians and, as its last factor, that of :math:`z`
-# with respect to the layer's own parameters, which the next section adds. So without :math:`r`, the
-# recursion gives blocks of :math:`J^\top H_L\, J`, the GGN. The **positive-curvature Hessian**
-# (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), in every layer.
-# So *abs* drops the sign of :math:`r`, *clip* its negative part, and the PCH is positive
-# semi-definite since all terms now are. It is not the Hessian with its negative eigenvalues cut
-# off. The idea is due to `Chen, Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of
-# Positive-Curvature Hessian for Training Neural Networks" (2018)
+# :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. Their
+# product is the Jacobian of the outputs with respect to a layer's :math:`z`. Times the Jacobian of
+# :math:`z` with respect to the layer's own parameters, which the next section takes, that is the
+# layer's part of :math:`J`. So without :math:`r`, the recursion gives blocks of :math:`J^\top
+# H_L\, J`, the GGN.
+#
+# The **positive-curvature Hessian** (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by
+# :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of :math:`r`, *clip* its
+# negative part, and the PCH is positive semi-definite since all terms now are. It is not the
+# Hessian with its negative eigenvalues cut off. The idea is due to `Chen, Chou and Chang, "BDA-PCH:
+# Block-Diagonal Approximation of Positive-Curvature Hessian for Training Neural Networks" (2018)
 # <https://arxiv.org/abs/1802.06502>`__.
 #
 # Four curvatures, then, differ in one function, of :math:`\sigma''(a)` and :math:`\delta`:
@@ -678,9 +680,9 @@ _ = describe(
 
 # %%
 # Through a weight, :math:`H_z` turns into :math:`H_h`; through a sigmoid, into the next
-# :math:`H_z`. In the blocks, the residual enters at the sigmoids only, as the diagonal :math:`r`.
-# Left as it is there, it makes the blocks of the Hessian; set to zero, those of the GGN; made
-# positive, those of the two PCHs.
+# :math:`H_z`. A sigmoid is also where the residual gets into the blocks, as the diagonal :math:`r`,
+# and the only place where it does. Left as it is there, :math:`r` makes the blocks of the Hessian;
+# set to zero, those of the GGN; made positive, those of the two PCHs.
 #
 # How much of the matrix do the blocks hold? Here are the full Hessian and the full GGN, each row
 # and column one parameter, with the blocks outlined. Colours are linear up to :math:`10^{-4}` and

@@ -398,9 +398,10 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # A^{k-1} b`. To see it, write residuals and directions as polynomials in
 # :math:`A`, times :math:`b`. Both begin with :math:`b`. From step to step, the
 # degree of :math:`r_{k+1} = r_k - \alpha_k A p_k` grows by one, and that of
-# :math:`p_{k+1} = r_{k+1} + \beta_k\, p_k` with it. So all :math:`k` directions
-# are among these combinations. They are also independent, since they are
-# conjugate, and so span as much as :math:`b, A b, \ldots, A^{k-1} b` can.
+# :math:`p_{k+1} = r_{k+1} + \beta_k\, p_k` with it. So the :math:`k` directions
+# are among these combinations. Being conjugate, they are linearly independent:
+# their combinations have :math:`k` dimensions. Those of the :math:`k` vectors
+# :math:`b, A b, \ldots, A^{k-1} b` cannot have more. So both are the same.
 #
 # As :math:`b = A x`, the model can be read as a distance to the solution,
 #
@@ -828,16 +829,15 @@ def damped(product, damping):
 print(f"loss {loss:.2f}, ‖g‖ = {g.norm():.3f}, {g.numel()} weights")
 
 # %%
-# The GGN has no negative eigenvalues, so that damping by :math:`\lambda`
-# brings the condition number down to
+# Let :math:`\mu_1` be the largest eigenvalue of the GGN, and :math:`\mu_n` the
+# smallest, which is not negative. Damping adds :math:`\lambda` to both, and brings
+# the condition number down to
 #
 # .. math::
 #
 #    \kappa = \frac{\mu_1 + \lambda}{\mu_n + \lambda}
-#    \le 1 + \frac{\mu_1}{\lambda},
+#    \le 1 + \frac{\mu_1}{\lambda} .
 #
-# with its largest eigenvalue :math:`\mu_1` and its smallest, :math:`\mu_n`, here
-# those of the GGN without damping.
 # By the bound above, a damping ten times as small allows for
 # :math:`\sqrt{10} \approx 3` times as many products. How many does it take?
 
