@@ -532,10 +532,10 @@ torch.testing.assert_close(F, H_L)
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
 # the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
 # :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. Their
-# product is the Jacobian of the outputs with respect to a layer's :math:`z`. Times the Jacobian of
-# :math:`z` with respect to the layer's own parameters, which the next section takes, that is the
-# layer's part of :math:`J`. So without :math:`r`, the recursion gives blocks of :math:`J^\top
-# H_L\, J`, the GGN.
+# product is the Jacobian of the outputs with respect to a layer's :math:`z`. One factor more makes
+# it the layer's part of :math:`J`: the Jacobian of :math:`z` with respect to the layer's own
+# parameters, with which the next section multiplies from both sides. So without :math:`r`, the
+# recursion gives blocks of :math:`J^\top H_L\, J`, the GGN.
 #
 # The **positive-curvature Hessian** (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by
 # :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of :math:`r`, *clip* its
@@ -569,8 +569,9 @@ RESIDUALS = {
 # and both are summed over the images. Here, a **block** is the square part of the matrix that
 # belongs to one parameter tensor, a weight or a bias. A block-diagonal curvature keeps these blocks
 # and drops everything between two tensors. The two blocks above are positive semi-definite if
-# :math:`H_z` is. So are the blocks of any positive semi-definite matrix: choose :math:`v` zero
-# outside the block.
+# :math:`H_z` is: a change of the bias or the weight changes :math:`z` by some :math:`u`, and the
+# curvature along it is :math:`u^\top H_z\, u \ge 0`. So are the blocks of any positive
+# semi-definite matrix: choose :math:`v` zero outside the block.
 
 
 def forward(x):

@@ -515,12 +515,13 @@ _ = describe(
 # \rVert_A` differ by a factor of at most :math:`\sqrt{\kappa}`, in either
 # direction.
 #
-# The error can be estimated, though. In step :math:`k`, the model falls by
-# :math:`\tfrac{1}{2} \alpha_k\, p_k^\top r_k`, so that :math:`\lVert e_k
-# \rVert_A^2` falls by :math:`\alpha_k \lVert r_k \rVert^2`, numbers that the
-# method has at hand. Summed over the last five steps, they are the squared error
-# of five steps ago, less the squared error of now (Strakoš and Tichý, `On error
-# estimation in the conjugate gradient method
+# The error can be estimated, though. In step :math:`k`, the slope of the model
+# along :math:`p_k` goes from :math:`-p_k^\top r_k` straight to zero. So the model
+# falls by :math:`\tfrac{1}{2} \alpha_k\, p_k^\top r_k = \tfrac{1}{2} \alpha_k \lVert
+# r_k \rVert^2`, and :math:`\lVert e_k \rVert_A^2` by twice that, :math:`\alpha_k
+# \lVert r_k \rVert^2`, a number that the method has at hand. Summed over the last
+# five steps, these are the squared error of five steps ago, less the squared error
+# of now (Strakoš and Tichý, `On error estimation in the conjugate gradient method
 # <https://etna.math.kent.edu/vol.13.2002/pp56-80.dir/pp56-80.pdf>`__, 2002). How
 # close does the root of that sum come to the error of five steps ago?
 
@@ -688,14 +689,14 @@ _ = describe(
 # of the recurrence knows nothing of it. Greenbaum, `Estimating the Attainable
 # Accuracy of Recursively Computed Residual Methods
 # <https://doi.org/10.1137/S0895479895284944>`__, 1997, bounds the floor by a
-# multiple of the largest of these errors. The next lines print both in float64,
-# for two condition numbers, in units of the precision times :math:`\lVert b
-# \rVert`.
+# multiple of the largest of these changes. The next lines print the floor and the
+# largest change, in units of the precision times :math:`\lVert b \rVert`, for two
+# condition numbers, in float64.
 
 for kappa, steps in ((1e3, 400), (1e6, 6000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)
     floor = true.min() / torch.finfo(torch.float64).eps
-    print(f"κ = {kappa:.0e}: floor {floor:2.0f}, largest error {largest:.0e}")
+    print(f"κ = {kappa:.0e}: floor {floor:2.0f}, largest change {largest:.0e}")
     assert 1 < floor < largest
 
 # %%
@@ -776,7 +777,8 @@ _ = describe(
 
 # %%
 # The iterates are those of the rescaled system, as the last lines of the code
-# check. The thin line is the tolerance. In both solves it bounds the residual
+# check. The thin line is the tolerance, :math:`10^{-5}\, \lVert b \rVert` where none
+# is asked for. In both solves it bounds the residual
 # :math:`r` itself, not that of the rescaled system, :math:`E^{-1} r`. For a
 # network, BackPACK computes the diagonal of the GGN: the `benchmarks
 # <../benchmarks.html#what-else-was-tried>`__ compare its price with the products
@@ -1058,6 +1060,7 @@ torch.testing.assert_close(stopped.x, path[last])
 assert model_values[last + 1] > model_values[last]
 assert (model_values[last + 1 :].diff() > 0).any()
 assert plain.products > 2 * stopped.products
+assert -model_values[last] > loss
 
 # %%
 
@@ -1081,7 +1084,9 @@ _ = describe(
 # along that direction, its model value jumps up and then goes on up and down,
 # for several times the products. What it converges to is the solution of the
 # system, but that is a saddle point of the model, not a minimum: as the small
-# example shows, it need not even be lower than the start.
+# example shows, it need not even be lower than the start. Nor is the stopped step
+# to be taken at its word: its model promises a decrease larger than the loss, which
+# cannot fall below zero.
 #
 # Against SciPy
 # -------------

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -164,35 +163,12 @@ def test_a_notebooks_links_lead_somewhere_from_anywhere(path):
     assert [link for link in links if not link.startswith("http") and link not in notebooks] == []
 
 
-def run_main_script(folder):
-    (script,) = (path for path in SCRIPTS if path.stem == MAIN)
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", script],
-        cwd=folder,
-        env=os.environ | {"MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Run the notebooks and the main script, two at a time: how each ended, and its folder."""
-    tasks = {"script": run_main_script}
-    tasks |= {path.name: functools.partial(execute, notebook(path)) for path in NOTEBOOKS}
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("OMP_NUM_THREADS", "1")  # or their threads wait for each other
-        folders = {name: tmp_path_factory.mktemp("empty") for name in tasks}
-        yield {name: (pool.submit(run, folders[name]), folders[name]) for name, run in tasks.items()}
-
-
 @pages("path", NOTEBOOKS)
-def test_a_notebook_runs_in_an_empty_folder(path, runs):
-    run, folder = runs[path.name]
-    outputs = run.result()
+def test_a_notebook_runs_in_an_empty_folder(path, tmp_path):
+    outputs = execute(notebook(path), tmp_path)
     assert outputs
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
-    assert not list(folder.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def losses(text):
@@ -210,12 +186,18 @@ def losses(text):
     return runs
 
 
-def test_the_main_script_runs_in_an_empty_folder_and_prints_the_pages_numbers(runs):
-    run, folder = runs["script"]
-    finished = run.result()
+def test_the_main_script_runs_in_an_empty_folder_and_prints_the_pages_numbers(tmp_path):
+    (script,) = (path for path in SCRIPTS if path.stem == MAIN)
+    finished = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", script],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
-    assert not list(folder.iterdir())
+    assert not list(tmp_path.iterdir())
 
     page = (SITE / "auto_examples" / f"{MAIN}.html").read_text()
     there = losses(html.unescape(re.sub(r"<[^>]+>", "", page)))
