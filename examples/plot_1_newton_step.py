@@ -314,8 +314,9 @@ _ = explorable(fig, "valley", settings)
 
 # %%
 # Each direction has a threshold of its own: where :math:`\lambda` is its curvature :math:`\mu`, it
-# goes half as far as without damping. A damping between the two holds back the flat direction, and
-# hardly the steep one. The step size :math:`\gamma` knows no directions: it shortens both alike.
+# goes half as far as without damping. A damping between the two leaves less than half of the way in
+# the flat direction, and more than half in the steep one. The step size :math:`\gamma` knows no
+# directions: it shortens both alike.
 #
 # Hessian
 # -------
@@ -532,10 +533,10 @@ torch.testing.assert_close(F, H_L)
 # and every term stays so but one: :math:`r`, which has entries of either sign. Through :math:`r`,
 # the curvature of the network itself comes in. Set it to 0, and the recursion only multiplies
 # :math:`H_L` from both sides by the Jacobians of the weights and sigmoids that it passes. Their
-# product is the Jacobian of the outputs with respect to a layer's :math:`z`. One factor more makes
-# it the layer's part of :math:`J`: the Jacobian of :math:`z` with respect to the layer's own
-# parameters, with which the next section multiplies from both sides. So without :math:`r`, the
-# recursion gives blocks of :math:`J^\top H_L\, J`, the GGN.
+# product is the Jacobian of the outputs with respect to a layer's :math:`z`. The Jacobian of
+# :math:`z` with respect to the layer's own parameters is still missing: the next section multiplies
+# by it, too, from both sides. The product of the two Jacobians is the layer's part of :math:`J`. So
+# without :math:`r`, what comes out are blocks of :math:`J^\top H_L\, J`, the GGN.
 #
 # The **positive-curvature Hessian** (PCH) replaces :math:`r` by :math:`|r|` (*abs*) or by
 # :math:`\max(r, 0)` (*clip*), in every layer. So *abs* drops the sign of :math:`r`, *clip* its

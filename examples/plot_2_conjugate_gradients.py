@@ -421,7 +421,8 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # that has :math:`\pi(0) = 1`. Every such polynomial belongs to some combination,
 # and CG takes the best one. The error is :math:`e_k = -A^{-1} r_k = \pi(A)\,
 # e_0`: in an eigenvector's direction, with the eigenvalue :math:`\mu_i`, it is
-# :math:`\pi(\mu_i)` times what it was.
+# :math:`\pi(\mu_i)` times what it was. The squared A-norm sums the squares over these
+# directions, each times its :math:`\mu_i`.
 #
 # **So any polynomial gives a bound.** CG's error is at most that of any other
 # choice of :math:`\pi`, so that for each of them
