@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import doctest
+import itertools
 import math
 import re
 import runpy
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import RATES
+from loops import RATES, runs
 from torch.nn.functional import cross_entropy
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian, layers, load_mnist, make_model
@@ -47,6 +48,14 @@ def test_newton_steps_end_lower_than_as_many_of_sgd_at_its_best_rate(name):
     assert statistics.median(newton(seed=seed) for seed in SEEDS) < 0.95 * best
     rates = [rate for rate, losses in by_rate.items() if statistics.median(losses) == best]
     assert rates != [RATES["SGD"][0]]  # smaller ones would be no better
+
+
+@pytest.mark.parametrize("name", ["images", "table_cgn", "table_backpack"])
+def test_the_time_of_a_loop_is_that_of_its_steps(name, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
+    losses, took = runs(loop(name), 5, SEEDS, lr=0.1)
+    assert losses == [loop(name)(steps=5, seed=seed, lr=0.1) for seed in SEEDS]
+    assert took == 5
 
 
 def test_products_of_backpack_end_as_low_as_those_of_autograd():
