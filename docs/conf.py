@@ -80,7 +80,7 @@ html_favicon = "_static/favicon.svg"
 html_extra_path = [
     "../src/cgn_tutorial/cgn.py",
     "../src/cgn_tutorial/curvature.py",
-    "../src/cgn_tutorial/train_parallel.py",
+    "../src/cgn_tutorial/pages/train_parallel.py",
     *map(str, Path(__file__).parent.glob(f"_build/wheel/{wheel}")),  # built by nox
 ]
 html_css_files = ["site.css"]

@@ -54,7 +54,7 @@ def newton_step(x, lam=0.0):
 # Draw the loss, the parabola that touches it, and the step.
 import matplotlib.pyplot as plt
 
-from cgn_tutorial.plotting import COLORS, describe
+from cgn_tutorial.pages.plotting import COLORS, describe
 
 
 def draw_step(ax, x, gamma=1.0, lam=0.0):
@@ -144,7 +144,7 @@ x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
 # %%
 
 # Draw the step, and the loss after it over the damping.
-from cgn_tutorial.plotting import explorable
+from cgn_tutorial.pages.plotting import explorable
 
 dampings = torch.linspace(0, 2, 201)
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
@@ -336,7 +336,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, one_hot
 from torch.nn.utils import parameters_to_vector
 
-from cgn_tutorial import load_mnist
+from cgn_tutorial.pages import load_mnist
 
 images, labels = load_mnist(train=False).tensors
 few = (labels < 3).nonzero().flatten()[:100]
@@ -737,7 +737,7 @@ assert all(0.4 < share < 0.6 for share in shares)
 # The network of page 3 has 21,840 parameters. How large are its matrices, and those of a network
 # with a billion parameters?
 
-from cgn_tutorial import make_model
+from cgn_tutorial.pages import make_model
 
 model = make_model()
 for n in sum(p.numel() for p in model.parameters()), 10**9:

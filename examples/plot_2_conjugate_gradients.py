@@ -107,7 +107,7 @@ torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 # Draw the contours of the quadratic model.
 from matplotlib import pyplot as plt
 
-from cgn_tutorial.plotting import COLORS, describe
+from cgn_tutorial.pages.plotting import COLORS, describe
 
 
 def contours(ax, A, b, center, size):
@@ -190,7 +190,7 @@ assert (
 # %%
 
 # Draw the paths, and the part of the way that is left.
-from cgn_tutorial.plotting import explorable
+from cgn_tutorial.pages.plotting import explorable
 
 fig, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
 contours(axes[0], A_kappa, A_kappa @ solution, solution, 1.6)
@@ -802,7 +802,7 @@ _ = describe(
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP
 
-from cgn_tutorial import make_model, mnist_loader, train
+from cgn_tutorial.pages import make_model, mnist_loader, train
 
 torch.manual_seed(0)
 model, loss_function = make_model(), torch.nn.CrossEntropyLoss()

@@ -68,7 +68,7 @@ To run this page yourself, download it from its end, and install its package:
 
 import torch
 
-from cgn_tutorial.plotting import COLORS, describe
+from cgn_tutorial.pages.plotting import COLORS, describe
 
 LAM = 1e-2
 s = torch.tensor([1.0, 0.3, 0.01])  # the first, and two ways to shrink another
@@ -143,10 +143,9 @@ from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
 from torch import nn
 
-from cgn_tutorial import (
-    CGNOptimizer,
+from cgn_tutorial import CGNOptimizer, cg
+from cgn_tutorial.pages import (
     accuracy,
-    cg,
     default_device,
     load_published_run,
     make_model,
@@ -320,7 +319,7 @@ assert accuracies[-1] > 0.8
 # %%
 
 # Draw the loss and the accuracy.
-from cgn_tutorial.plotting import plot_histories
+from cgn_tutorial.pages.plotting import plot_histories
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
 left.plot(losses, color=COLORS["blue"])
@@ -615,7 +614,7 @@ for lam, history, row in zip(dampings, by_damping, ratio, strict=True):
 # %%
 
 # Draw the runs, and the first steps over the damping.
-from cgn_tutorial.plotting import explorable
+from cgn_tutorial.pages.plotting import explorable
 
 figure, axes = plt.subplot_mosaic(
     [["loss", "steps"], ["products", "steps"]],

@@ -43,7 +43,7 @@ To run this page yourself, download it from its end, and install its package:
 
 import statistics
 
-from cgn_tutorial.comparison import Setting, race, step_rates
+from cgn_tutorial.pages.races import Setting, race, step_rates
 
 SEEDS = range(3)
 MAIN = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 20}
@@ -84,7 +84,7 @@ for seed in SEEDS:
 # Draw the losses of all runs.
 from matplotlib import pyplot as plt
 
-from cgn_tutorial.plotting import COLORS, describe
+from cgn_tutorial.pages.plotting import COLORS, describe
 
 figure, axes = plt.subplots(3, 2, figsize=(7, 6), sharey=True)
 for ax, (label, runs) in zip(axes.flat, losses.items(), strict=True):
@@ -283,7 +283,7 @@ print(inspect.getsource(LevenbergMarquardt.step))
 
 # %%
 
-from cgn_tutorial.comparison import train_autoencoder
+from cgn_tutorial.pages.races import train_autoencoder
 
 WAYS = {
     "Adam": {"damping": None, "lr": 5e-3, "steps": 320},

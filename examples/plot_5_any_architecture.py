@@ -34,7 +34,7 @@ from backpack import backpack, extend
 from backpack.extensions import GGNMP
 from torch import nn
 
-from cgn_tutorial import load_mnist
+from cgn_tutorial.pages import load_mnist
 
 
 def convolution(c_in, c_out, size, stride=1):
@@ -129,7 +129,7 @@ for label, model in attempts.items():
 # Draw the passes as arrows between parameters, outputs and loss.
 import matplotlib.pyplot as plt
 
-from cgn_tutorial.plotting import COLORS, describe
+from cgn_tutorial.pages.plotting import COLORS, describe
 
 PASSES = (
     ("forward", "x", "z", "", "", "black"),
@@ -198,7 +198,7 @@ import copy
 
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import make_model
+from cgn_tutorial.pages import make_model
 
 torch.manual_seed(0)
 model = make_model().double()
@@ -259,7 +259,8 @@ for blocks in (per_parameter, layers, whole_network):
 # gradient on each parameter, and the product of its block. The optimizer is
 # told where to find it, and nothing else changes.
 
-from cgn_tutorial import CGNOptimizer, mnist_loader
+from cgn_tutorial import CGNOptimizer
+from cgn_tutorial.pages import mnist_loader
 
 torch.manual_seed(0)
 loader = mnist_loader(64)
@@ -280,7 +281,7 @@ for _, (inputs, targets) in zip(range(3), loader, strict=False):
 # With blocks of one parameter, these are BackPACK's steps. The package's
 # ``train`` is the same loop; without ``backward=`` it goes through BackPACK.
 
-from cgn_tutorial import train
+from cgn_tutorial.pages import train
 
 torch.manual_seed(0)
 loader = mnist_loader(64)
@@ -917,7 +918,7 @@ def train_any(make, lr_and_steps):
 # 10,000 of its training images.
 
 
-from cgn_tutorial import accuracy
+from cgn_tutorial.pages import accuracy
 
 
 @torch.no_grad()

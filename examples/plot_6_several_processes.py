@@ -49,7 +49,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import GGN, load_mnist
+from cgn_tutorial import GGN
+from cgn_tutorial.pages import load_mnist
 
 images, labels = (t[:64] for t in load_mnist().tensors)
 images = images.double()
@@ -184,7 +185,7 @@ print(dedent(inspect.getsource(CGNOptimizer._mean)))
 # argument of ``step``, ``batch_size``, tells it how many samples this process
 # has. The network is wrapped as always. This is the script's training loop:
 
-from cgn_tutorial import train_parallel
+from cgn_tutorial.pages import train_parallel
 
 print(inspect.getsource(train_parallel.train))
 
@@ -216,7 +217,7 @@ def losses_of(processes):
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     torchrun += ["--standalone", "--local-addr=127.0.0.1"]
     torchrun += [f"--nproc-per-node={processes}"]
-    torchrun += ["-m", "cgn_tutorial.train_parallel"]
+    torchrun += ["-m", "cgn_tutorial.pages.train_parallel"]
     sizes = [f"--steps={STEPS}", f"--batch-size={BATCH_SIZE}"]
     with tempfile.TemporaryDirectory() as folder:
         losses = Path(folder) / "losses.json"
@@ -237,7 +238,8 @@ print(" ".join(f"{loss:.3f}" for loss in two[::4]))
 # each batch in another order, which changes nothing but the order in which they
 # are added up.
 
-from cgn_tutorial import layers, make_model
+from cgn_tutorial import layers
+from cgn_tutorial.pages import make_model
 
 images, labels = load_mnist().tensors
 
@@ -268,7 +270,7 @@ one, reordered = train_alone(), train_alone(reverse=True)
 # Draw both losses.
 from matplotlib import pyplot as plt
 
-from cgn_tutorial.plotting import COLORS, describe
+from cgn_tutorial.pages.plotting import COLORS, describe
 
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 axes.plot(one, color=COLORS["orange"], lw=4, label="one process")

@@ -5,7 +5,7 @@ import systems
 import torch
 from hypothesis import settings
 
-from cgn_tutorial.training import HARMLESS
+from cgn_tutorial.pages.training import HARMLESS
 
 # These run in environments of their own, by `nox -s rebuild` and `nox -s site downloads`.
 collect_ignore = ["test_rebuild.py", "site"]

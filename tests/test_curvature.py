@@ -20,8 +20,9 @@ from torch.func import functional_call, hessian, jacfwd
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cgn_tutorial import CGNOptimizer, make_model
+from cgn_tutorial import CGNOptimizer
 from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
+from cgn_tutorial.pages import make_model
 
 PRECISION = {torch.float32: 1e-5, torch.float64: 1e-12}
 BLOCKS: dict[str, Callable[[nn.Module], object]] = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cgn_tutorial import load_mnist, load_published_run, mnist_loader
-from cgn_tutorial.data import MNIST_MEAN, MNIST_STD
+from cgn_tutorial.pages import load_mnist, load_published_run, mnist_loader
+from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD
 
-BUNDLED = resources.files("cgn_tutorial") / "mnist"
+BUNDLED = resources.files("cgn_tutorial.pages") / "mnist"
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers, train_parallel
+from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers
+from cgn_tutorial.pages import train_parallel
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),

@@ -24,7 +24,7 @@ from experiments import (
 )
 
 from cgn_tutorial import cgn
-from cgn_tutorial.comparison import Setting, race
+from cgn_tutorial.pages.races import Setting, race
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "experiments"

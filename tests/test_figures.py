@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from cgn_tutorial import plotting
+from cgn_tutorial.pages import plotting
 
 FIGURES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "_ext" / "figures.py"))
 EXPECTED = {"#000000": FIGURES["INK"], "#ffffff": FIGURES["PAPER"]}  # as SVG writes black, white

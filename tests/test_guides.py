@@ -18,7 +18,8 @@ import torch
 from loops import RATES, runs
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import GGN, CGNOptimizer, Hessian, layers, load_mnist, make_model
+from cgn_tutorial import GGN, CGNOptimizer, Hessian, layers
+from cgn_tutorial.pages import load_mnist, make_model
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 SEEDS = range(3)

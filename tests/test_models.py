@@ -2,7 +2,7 @@
 
 import torch
 
-from cgn_tutorial import make_autoencoder, make_model
+from cgn_tutorial.pages import make_autoencoder, make_model
 
 
 def test_the_model_has_21840_parameters_and_ten_outputs():

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from cgn_tutorial import plotting
+from cgn_tutorial.pages import plotting
 
 with Path(os.environ["RUNS"]).open("a") as runs:
     runs.write("{name}")
@@ -121,7 +121,7 @@ def test_an_unchanged_tree_runs_no_page(site):
 
 
 def test_a_change_in_the_package_runs_the_pages_again(site):
-    edit(site.folder / "src" / "cgn_tutorial" / "plotting.py", '"#1f7fbf"', '"#123456"')
+    edit(site.folder / "src" / "cgn_tutorial" / "pages" / "plotting.py", '"#1f7fbf"', '"#123456"')
     runs, status, said = site.build()
     assert (runs, status) == ("ab", 0), said
     assert all("blue is #123456" in re.sub("<[^>]+>", "", site.text(name)) for name in "ab")
@@ -129,7 +129,7 @@ def test_a_change_in_the_package_runs_the_pages_again(site):
 
 
 def test_a_change_in_the_packages_data_runs_the_pages_again(site):
-    edit(site.folder / "src" / "cgn_tutorial" / "published_run.json", "{", "{ ")
+    edit(site.folder / "src" / "cgn_tutorial" / "pages" / "published_run.json", "{", "{ ")
     runs, status, said = site.build()
     assert (runs, status) == ("ab", 0), said
 

@@ -6,7 +6,8 @@ from backpack import extend
 from backpack.extensions import GGNMP
 from benchmarks.textbook import TextbookOptimizer, textbook_cg
 
-from cgn_tutorial import CGNOptimizer, load_published_run, make_model, mnist_loader, train
+from cgn_tutorial import CGNOptimizer
+from cgn_tutorial.pages import load_published_run, make_model, mnist_loader, train
 
 
 def test_the_textbook_version_solves_the_system():

@@ -5,14 +5,8 @@ import torch
 from backpack import extend
 from backpack.extensions import GGNMP, PCHMP
 
-from cgn_tutorial import (
-    CGNOptimizer,
-    accuracy,
-    load_published_run,
-    make_model,
-    mnist_loader,
-    train,
-)
+from cgn_tutorial import CGNOptimizer
+from cgn_tutorial.pages import accuracy, load_published_run, make_model, mnist_loader, train
 
 PUBLISHED = load_published_run()
 SOLVER = dict(PUBLISHED["config"])

@@ -29,7 +29,7 @@ from sphinx_gallery.notebook import jupyter_notebook
 from sphinx_gallery.py_source_parser import split_code_and_text_blocks
 from sphinx_gallery.utils import zip_files
 
-from cgn_tutorial import default_device
+from cgn_tutorial.pages import default_device
 
 FIGURES = Path(__file__).with_name("figures.py")
 

@@ -3,7 +3,8 @@
 import torch
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import GGN, CGNOptimizer, layers, make_model, mnist_loader
+from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial.pages import make_model, mnist_loader
 
 torch.manual_seed(0)
 model, loader = make_model(), zip(range(3), mnist_loader(64), strict=False)

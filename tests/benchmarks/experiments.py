@@ -29,8 +29,8 @@ from measuring import Row, draw, machine, summary, write
 from torch import Tensor
 
 from cgn_tutorial import cgn
-from cgn_tutorial.comparison import METHODS, Setting, race, step_rates, train_autoencoder
-from cgn_tutorial.plotting import COLORS
+from cgn_tutorial.pages.plotting import COLORS
+from cgn_tutorial.pages.races import METHODS, Setting, race, step_rates, train_autoencoder
 
 ROOT = Path(__file__).parents[2]
 GOALS = (0.90, 0.95, 0.97)

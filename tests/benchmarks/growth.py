@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from workloads import BATCH_SIZE, SOLVER, Problem, mnist
 
-from cgn_tutorial import cg, make_model
-from cgn_tutorial.plotting import COLORS
+from cgn_tutorial import cg
+from cgn_tutorial.pages import make_model
+from cgn_tutorial.pages.plotting import COLORS
 
 DENSE_SECONDS = 30  # a dense solve that would take longer is left out
 

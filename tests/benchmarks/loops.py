@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from measuring import Row, summary
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cgn_tutorial.plotting import COLORS
+from cgn_tutorial.pages.plotting import COLORS
 
 FOLDER = Path(__file__).parents[2] / "docs" / "guides" / "loops"
 RATES = {"SGD": (0.03, 0.1, 0.3, 1.0, 3.0), "Adam": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}

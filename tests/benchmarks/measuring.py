@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from cgn_tutorial import default_device
+from cgn_tutorial.pages import default_device
 
 DEVICE = default_device()
 MB = 1e6

@@ -22,8 +22,9 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import GGN, CGNOptimizer, layers, load_mnist, make_model
-from cgn_tutorial.plotting import COLORS
+from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial.pages import load_mnist, make_model
+from cgn_tutorial.pages.plotting import COLORS
 
 PROCESSES = (1, 2, 4)
 BATCH_SIZE, MAXITER = 512, 10

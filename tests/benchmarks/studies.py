@@ -15,7 +15,8 @@ from measuring import DEVICE, Row, in_turns, summary
 from torch import Tensor, nn
 from workloads import BATCH_SIZE, SOLVER, STEPS, Problem, Run, mnist
 
-from cgn_tutorial import CGNOptimizer, CGResult, cg, make_model
+from cgn_tutorial import CGNOptimizer, CGResult, cg
+from cgn_tutorial.pages import make_model
 
 
 class Jacobi(CGNOptimizer):

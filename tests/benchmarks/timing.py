@@ -22,9 +22,10 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 from workloads import BATCH_SIZE, STEPS, Problem, Run, mnist
 
-from cgn_tutorial import CGNOptimizer, curvature, make_model
+from cgn_tutorial import CGNOptimizer, curvature
 from cgn_tutorial.curvature import GGN, layers
-from cgn_tutorial.plotting import COLORS
+from cgn_tutorial.pages import make_model
+from cgn_tutorial.pages.plotting import COLORS
 
 CONTESTANTS: dict[str, Callable[..., Run]] = {
     "textbook optimizer, BackPACK's products": lambda **options: Run(

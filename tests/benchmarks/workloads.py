@@ -12,8 +12,9 @@ from measuring import DEVICE, seconds
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import CGNOptimizer, load_mnist, load_published_run, make_model, mnist_loader
+from cgn_tutorial import CGNOptimizer
 from cgn_tutorial.curvature import GGN, BlockProduct, layers
+from cgn_tutorial.pages import load_mnist, load_published_run, make_model, mnist_loader
 
 CONFIG = load_published_run()["config"]
 SOLVER = {name: CONFIG[name] for name in ("lr", "damping", "maxiter", "tol", "atol")}

@@ -27,7 +27,7 @@ SITE = ROOT / "docs" / "_build" / "html"
 SOURCES = {page.name: page.read_bytes() for page in (ROOT / "examples").glob("plot_*.py")}
 SCRIPTS = sorted(SITE.glob("_downloads/*/plot_*.py"), key=lambda path: path.name)
 NOTEBOOKS = sorted(SITE.glob("_downloads/*/plot_*.ipynb"), key=lambda path: path.name)
-FILES = ["cgn.py", "curvature.py", "train_parallel.py"]
+FILES = ["cgn.py", "curvature.py", "pages/train_parallel.py"]
 MAIN = "plot_3_matrix_free_optimization"
 VERSION = runpy.run_path(str(ROOT / "src" / "version.py"))["VERSION"]
 WHEEL = SITE / f"cgn_tutorial-{VERSION}-py3-none-any.whl"
@@ -255,7 +255,7 @@ def test_a_zip_has_the_same_files(name, files):
 
 
 def test_one_zip_has_everything():
-    files = [*SCRIPTS, *NOTEBOOKS, *(SITE / name for name in FILES), WHEEL]
+    files = [*SCRIPTS, *NOTEBOOKS, *(SITE / Path(name).name for name in FILES), WHEEL]
     expected = {file.name: file.read_bytes() for file in files}
     assert packed(SITE / "everything.zip") == expected
 
@@ -263,7 +263,7 @@ def test_one_zip_has_everything():
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_to_copy_are_the_packages(name):
     source = (ROOT / "src" / "cgn_tutorial" / name).read_bytes()
-    assert (SITE / name).read_bytes() == source
+    assert (SITE / Path(name).name).read_bytes() == source
     assert packed(WHEEL)[f"cgn_tutorial/{name}"] == source
 
 

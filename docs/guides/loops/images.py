@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import load_mnist
+from cgn_tutorial.pages import load_mnist
 
 
 def train(lr: float, steps: int = 40, seed: int = 0) -> float:

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import GGN, CGNOptimizer, layers, load_mnist
+from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial.pages import load_mnist
 
 
 def train(lr: float = 0.3, steps: int = 40, seed: int = 0) -> float:

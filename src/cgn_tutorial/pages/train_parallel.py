@@ -31,7 +31,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cgn_tutorial import GGN, CGNOptimizer, layers, load_mnist, make_model
+from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial.pages import load_mnist, make_model
 
 OPTIONS: dict[str, Any] = {"lr": 0.15, "damping": 2e-3, "maxiter": 10, "tol": 0.3}
 

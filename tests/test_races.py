@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from cgn_tutorial import comparison
-from cgn_tutorial.comparison import METHODS, Run, Setting, race, step_rates, train_autoencoder
+from cgn_tutorial.pages import races
+from cgn_tutorial.pages.races import METHODS, Run, Setting, race, step_rates, train_autoencoder
 
 NEWTON = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 3}
 OPTIONS = {method: NEWTON if method.startswith("CGN") else {"lr": 0.01} for method in METHODS}
@@ -17,9 +17,9 @@ OPTIONS = {method: NEWTON if method.startswith("CGN") else {"lr": 0.01} for meth
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     """Test on few images, which takes less time."""
-    images = {train: comparison._images(train=train) for train in (True, False)}
+    images = {train: races._images(train=train) for train in (True, False)}
     few = {True: images[True], False: tuple(t[:500] for t in images[False])}
-    monkeypatch.setattr(comparison, "_images", lambda *, train: few[train])
+    monkeypatch.setattr(races, "_images", lambda *, train: few[train])
 
 
 def weights(run):
@@ -95,7 +95,7 @@ def test_a_race_goes_on_without_what_blew_up():
 )
 def test_a_fifth_lost_on_the_way_is_a_fall(accuracies, fell):
     run = Run(Setting("SGD", {"lr": 0.1}), 0)
-    run.tests = [comparison.Test(i, i, i, accuracy) for i, accuracy in enumerate(accuracies)]
+    run.tests = [races.Test(i, i, i, accuracy) for i, accuracy in enumerate(accuracies)]
     assert run.fell_back() == fell
 
 

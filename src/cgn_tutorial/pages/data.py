@@ -54,7 +54,7 @@ def load_mnist(
     if root is None:
         if download:
             raise ValueError("download=True needs root, the folder to download into.")
-        folder: Traversable = resources.files("cgn_tutorial") / "mnist"
+        folder: Traversable = resources.files("cgn_tutorial.pages") / "mnist"
     else:
         if download:
             MNIST(root, train=train, download=True)
@@ -110,7 +110,7 @@ def load_published_run() -> dict[str, Any]:
         BackPACK's documentation, example "Matrix-free second-order optimization" (Dangel, Kunstner
         and Hennig, 2020).
     """
-    file = resources.files("cgn_tutorial") / "published_run.json"
+    file = resources.files("cgn_tutorial.pages") / "published_run.json"
     run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return run
 

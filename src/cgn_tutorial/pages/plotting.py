@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cgn_tutorial.training import History
+from cgn_tutorial.pages.training import History
 
 __all__ = ["COLORS", "describe", "explorable", "plot_histories"]
 

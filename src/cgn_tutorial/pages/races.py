@@ -20,9 +20,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cgn_tutorial.cgn import CGNOptimizer, LevenbergMarquardt
 from cgn_tutorial.curvature import GGN, BlockProduct, layers
-from cgn_tutorial.data import MNIST_MEAN, MNIST_STD, load_mnist
-from cgn_tutorial.models import make_autoencoder, make_model
-from cgn_tutorial.training import accuracy, default_device
+from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD, load_mnist
+from cgn_tutorial.pages.models import make_autoencoder, make_model
+from cgn_tutorial.pages.training import accuracy, default_device
 
 __all__ = [
     "METHODS",
