@@ -805,13 +805,13 @@ def test_max_length_holds_for_curvature_of_any_sign(matrix, warm_start):
     for _ in range(3):
         quadratic.backward()
         quadratic["p0"].curvature = lambda v: v @ C
-        before, p = quadratic.values(), quadratic["p0"]
+        before = quadratic.values()
         optimizer.step()
-        v = p.detach() - before[0]
-        lengths = torch.stack([(v @ C @ v).abs(), (v @ p.grad).abs()])
-        assert lengths[0] <= 1.001e-6
-        assert lengths[1] * (lengths[1] / 1e-6 if warm_start == 0 else 0) <= 1.001 * lengths[1]
-        assert v.abs().max() > 0
+        step = quadratic.values()[0] - before[0]
+        assert step.any()
+        assert (step @ C @ step).abs() <= 1.001e-6
+        if matrix in ("negative", "null") and not warm_start:  # a multiple of the gradient
+            assert step.norm() <= 1.001e-3
 
 
 def test_max_length_is_an_option_of_groups():

@@ -501,7 +501,7 @@ class CGNOptimizer(Optimizer):
                 loss = closure()
         blocks = self.blocks()
         _refuse_lone_processes(blocks)
-        if hasattr(self, "found_inf"):  # left by a GradScaler that steps
+        if vars(self).pop("found_inf", None) is not None:  # put there by a GradScaler that steps
             raise RuntimeError(
                 "A GradScaler scales the loss, so that the curvature products do not fit the "
                 "damping: compute gradients and products from the loss itself, and call "
