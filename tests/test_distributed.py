@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers
+from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers, parallel, whole_batch
 from cgn_tutorial.pages import train_parallel
 
 pytestmark = pytest.mark.skipif(
@@ -151,10 +150,9 @@ def network() -> nn.Sequential:
 class Training:
     """A model, its share of the batch, and an optimizer; without a group, all of the batch."""
 
-    def __init__(
-        self, case: Case | None = None, group: Any = None, *, grouped: bool = True, **options: Any
-    ) -> None:
+    def __init__(self, case: Case | None = None, group: Any = None, **options: Any) -> None:
         case = case or Case()
+        self.group = group
         self.model: Any = network().to(case.dtype)
         self.loss_function: nn.Module = nn.CrossEntropyLoss()
         if case.products == "BackPACK":
@@ -173,8 +171,6 @@ class Training:
             if case.replicated:
                 self.evaluated = DistributedDataParallel(self.model, process_group=group)
         settings = {"lr": 0.5, "damping": 1e-2, "tol": 0.3} | dict(case.options) | options
-        if grouped:
-            settings["process_group"] = group
         self.optimizer = CGNOptimizer(self.model.parameters(), self.curvature, **settings)
         self.adaptive = LevenbergMarquardt(self.optimizer) if case.adaptive else None
         self.inputs = INPUTS[self.part].to(case.dtype)
@@ -196,16 +192,30 @@ class Training:
         """The loss again."""
         return cross_entropy(self.model(self.inputs), self.targets)
 
+    def share(self) -> Any:
+        """Make what a backward pass has left that of the whole batch."""
+        return whole_batch(self.optimizer, len(self.inputs), self.group)
+
     def step(self) -> None:
         """Step on what a backward pass has left."""
-        self.optimizer.step(batch_size=len(self.inputs))
+        if self.group is not None:
+            self.share()
+        self.optimizer.step()
+
+    def adapt(self, loss: Tensor, evaluate: Callable[[], Any]) -> None:
+        """Step, and let the damping adapt."""
+        if self.group is not None:
+            share, mine = self.share(), evaluate
+            loss = share.loss(lambda: loss)
+            evaluate = partial(share.loss, mine)
+        self.adaptive.step(loss, evaluate)
 
     def train(self, steps: int) -> list[Tensor]:
         """The parameters after some steps."""
         for _ in range(steps):
             loss = self.backward()
             if self.adaptive:
-                self.adaptive.step(loss, self.evaluate, batch_size=len(self.inputs))
+                self.adapt(loss, self.evaluate)
             else:
                 self.step()
         return self.parameters()
@@ -284,7 +294,7 @@ def messages(i: int, groups: dict[int, Any]) -> dict[str, Any]:
             training.step()
         found[case] = (
             calls,
-            [(solve.products, len(solve.names)) for solve in training.optimizer.solves],
+            [(s.products, len(names)) for names, s in training.optimizer.solves.items()],
         )
     return found
 
@@ -358,24 +368,20 @@ def missing_product(training: Training, faulty: bool) -> Callable[[], object]:
     return training.step
 
 
-def broken_closure(training: Training, faulty: bool) -> Callable[[], object]:
-    closure = broken if faulty else training.backward
-    return lambda: training.optimizer.step(closure, batch_size=12)
-
-
 def no_batch_size(training: Training, faulty: bool) -> Callable[[], object]:
     training.backward()
-    return lambda: training.optimizer.step(batch_size=None if faulty else 12)
-
-
-def no_batch_size_anywhere(training: Training, faulty: bool) -> Callable[[], object]:
-    training.backward()
-    return training.optimizer.step
+    return lambda: whole_batch(training.optimizer, None if faulty else 12, training.group)
 
 
 def no_samples(training: Training, faulty: bool) -> Callable[[], object]:
     training.backward()
-    return lambda: training.optimizer.step(batch_size=0 if faulty else 12)
+    return lambda: whole_batch(training.optimizer, 0 if faulty else 12, training.group)
+
+
+def averaged_twice(training: Training, faulty: bool) -> Callable[[], object]:
+    training.backward()
+    training.share()
+    return training.share
 
 
 def other_parameters(training: Training, faulty: bool) -> Callable[[], object]:
@@ -414,7 +420,7 @@ def other_damping(training: Training, faulty: bool) -> Callable[[], object]:
 
 def other_max_length(training: Training, faulty: bool) -> Callable[[], object]:
     if faulty:
-        training.optimizer.max_length = 1.0
+        training.optimizer.param_groups[0]["max_length"] = 1.0
     training.backward()
     return training.step
 
@@ -433,29 +439,15 @@ def unequal_sizes_under_ddp(training: Training, faulty: bool) -> Callable[[], ob
     return training.step
 
 
-def no_group_under_ddp(training: Training, faulty: bool) -> Callable[[], object]:
+def no_average_under_ddp(training: Training, faulty: bool) -> Callable[[], object]:
     training.evaluated = replica(training)
-    training.optimizer.process_group = None
     training.backward()
-    return training.step
+    return training.optimizer.step
 
 
 def replica(training: Training) -> nn.Module:
     """The model under DistributedDataParallel."""
-    group = training.optimizer.process_group
-    return DistributedDataParallel(training.model, process_group=group)
-
-
-def lopsided_product(training: Training, faulty: bool) -> Callable[[], object]:
-    training.backward()
-    if faulty:
-        replace_product(training, lambda product: lambda v: product(v).roll(1, 1))
-    return training.optimizer.check_products
-
-
-def missing_product_to_check(training: Training, faulty: bool) -> Callable[[], object]:
-    missing_product(training, faulty)
-    return training.optimizer.check_products
+    return DistributedDataParallel(training.model, process_group=training.group)
 
 
 NOT_FINITE = (
@@ -464,7 +456,7 @@ NOT_FINITE = (
 )
 THE_OTHER = "RuntimeError", "process 1 of 2 could not take part, and its own error says why"
 ALIKE = "RuntimeError", "process 1 differs from process 0 in its "
-SIZE = "ValueError", r"call optimizer.step\(batch_size=len\(inputs\)\)"
+SIZE = "ValueError", r"call whole_batch\(optimizer, len\(inputs\)\)"
 
 # What the first and the second process raise.
 FAULTS = {
@@ -473,10 +465,9 @@ FAULTS = {
     broken_product: (NOT_FINITE, ("RuntimeError", "No Newton step for .*: broken. No parameter")),
     wrong_shape: (NOT_FINITE, ("RuntimeError", "No Newton step for .* must have shape")),
     missing_product: (THE_OTHER, ("RuntimeError", "no curvature product")),
-    broken_closure: (THE_OTHER, ("ArithmeticError", "broken")),
     no_batch_size: (THE_OTHER, SIZE),
-    no_batch_size_anywhere: (SIZE, SIZE),
     no_samples: (THE_OTHER, SIZE),
+    averaged_twice: ("RuntimeError", "call whole_batch once"),
     other_parameters: (ALIKE[0], ALIKE[1] + "parameters or starting points"),
     other_starting_point: (ALIKE[0], ALIKE[1] + "parameters or starting points"),
     no_starting_point: (ALIKE[0], ALIKE[1] + "gradients, blocks or options"),
@@ -487,13 +478,10 @@ FAULTS = {
         "ValueError",
         r"batches of \[12, 9\] samples, but gradients that are",
     ),
-    no_group_under_ddp: (
+    no_average_under_ddp: (
         "RuntimeError",
-        r"torch\.distributed runs 4: each would solve with the curvature of its own .*drift apart"
-        r".*process_group=torch\.distributed\.group\.WORLD",
+        r"torch\.distributed runs several processes, .*drift apart.*whole_batch\(optimizer",
     ),
-    lopsided_product: (("RuntimeError", "is not symmetric"),) * 2,
-    missing_product_to_check: (THE_OTHER, ("RuntimeError", "no curvature product")),
 }
 
 
@@ -528,10 +516,9 @@ def adaptive_faults(i: int, groups: dict[int, Any]) -> dict[str, Any]:
     found = {}
     for name, evaluate in (("broken", broken), ("NaN", lambda: float("nan"))):
         training = Training(CASES[-2], groups[2])
-        step = training.adaptive.step
         loss = training.backward()
         mine = evaluate if i == 1 else training.evaluate
-        tried = outcome(training.model, partial(step, loss, mine, batch_size=12))
+        tried = outcome(training.model, partial(training.adapt, loss, mine))
         found[name] = tried, training.train(2), training.optimizer.param_groups[0]["damping"]
     return found
 
@@ -542,8 +529,8 @@ def test_a_loss_that_one_process_cannot_compute_raises_in_all(results):
     )
     assert "could not be computed in another process" in first.message
     assert (second.error, second.message) == ("ArithmeticError", "broken")
-    assert first.moved
-    assert second.moved  # in step with each other: what follows is the same in both
+    assert not first.moved
+    assert not second.moved
     assert all(map(torch.equal, after[0], after_too[0]))
     assert after[1] == after_too[1]
 
@@ -559,49 +546,45 @@ def test_a_loss_that_is_nan_in_one_process_takes_the_step_back_in_all(results):
 
 
 def company(i: int, groups: dict[Any, Any]) -> dict[str, Any]:
-    """Copies, checkpoints, checks of products, gradients not yet averaged, other processes."""
+    """Copies, checkpoints, gradients not yet averaged, closures, other processes."""
     group = groups[2]
     training = Training(Case(), group)
-    training.backward()
-    with torch.random.fork_rng():
-        largest = training.optimizer.check_products(positive=True)
-    training.step()
-    clone, kept = copy.deepcopy(training.optimizer), pickle.dumps(training.optimizer)
-    unpickled = pickle.loads(kept)
+    training.train(1)
 
     loaded = Training(Case(), group)
     loaded.model.load_state_dict(training.model.state_dict())
     loaded.optimizer.load_state_dict(training.optimizer.state_dict())
 
+    copied = Training(Case(), group)
+    copied.train(1)
+    copied.model, copied.curvature, copied.optimizer = copy.deepcopy(
+        (copied.model, copied.curvature, copied.optimizer)
+    )
+    copied.evaluated = copied.model
+
     waiting = Training(Case(replicated=True), group)
     with waiting.evaluated.no_sync():
         waiting.backward()
     waiting.step()
+
+    closed = Training(Case(), group)
+
+    def closure() -> Tensor:
+        loss = closed.backward()
+        closed.share()
+        return loss
+
+    closed.optimizer.step(closure)
     return {
-        "asymmetry": largest,
-        "deepcopy": clone.process_group is group,
-        "pickle": unpickled.process_group,
-        "unpickled": outcome(training.model, unpickled.step),
         "state": training.optimizer.state_dict(),
         "loaded": loaded.train(1),
+        "copied": copied.train(1),
+        "closure": closed.parameters(),
         "no_sync": waiting.parameters(),
         "stranger": outcome(
-            training.model, lambda: setattr(training.optimizer, "process_group", groups["others"])
+            training.model, lambda: whole_batch(training.optimizer, 12, groups["others"])
         ),
     }
-
-
-def test_products_are_checked_together(results):
-    first, second = (found["asymmetry"] for found in results["company"][:2])
-    assert first == second < 1e-12
-
-
-def test_a_copy_keeps_the_group_and_a_pickle_loses_it_but_does_not_step_without(results):
-    for found in results["company"][:2]:
-        assert found["deepcopy"]
-        assert found["pickle"] is None
-        assert "torch.distributed runs 4" in found["unpickled"].message
-        assert not found["unpickled"].moved
 
 
 def test_the_state_dict_is_that_of_one_process(results):
@@ -611,10 +594,17 @@ def test_the_state_dict_is_that_of_one_process(results):
         assert found["state"] == alone.optimizer.state_dict()
 
 
-def test_a_checkpoint_goes_on_in_a_group(results):
+@pytest.mark.parametrize("way", ["loaded", "copied"])
+def test_a_checkpoint_or_a_copy_goes_on_in_a_group(results, way):
     expected = Training().train(2)
     for found in results["company"][:2]:
-        torch.testing.assert_close(found["loaded"], expected, rtol=0.0, atol=1e-12)
+        torch.testing.assert_close(found[way], expected, rtol=0.0, atol=1e-12)
+
+
+def test_a_closure_may_average(results):
+    expected = Training().train(1)
+    for found in results["company"][:2]:
+        torch.testing.assert_close(found["closure"], expected, rtol=0.0, atol=1e-12)
 
 
 def test_gradients_that_ddp_has_not_averaged_are_averaged(results):
@@ -629,14 +619,32 @@ def test_a_group_of_others_is_refused(results):
         assert "a group that this process belongs to" in found["stranger"].message
 
 
-@pytest.mark.parametrize("group", [0, "world", [0, 1]])
+@pytest.mark.parametrize("group", [None, 0, "world", [0, 1]])
 def test_a_group_is_a_process_group(group):
-    with pytest.raises(TypeError, match="process_group must be None or a group"):
-        Training(process_group=group, grouped=False)
+    training = Training()
+    training.backward()
+    with pytest.raises(TypeError, match="group must be a group that this process"):
+        whole_batch(training.optimizer, 24, group)
+
+
+def test_the_fingerprint_of_many_numbers_takes_little_memory(monkeypatch):
+    lengths, arange = [], torch.arange
+
+    def recorded(*arguments: int, **options: Any) -> Tensor:
+        lengths.append(len(arange(*arguments)))
+        return arange(*arguments, **options)
+
+    monkeypatch.setattr(torch, "arange", recorded)
+    numbers = torch.randn(3_000_001)
+    fingerprint = parallel._fingerprint
+    assert fingerprint([numbers]).item() == fingerprint([numbers.clone()]).item()
+    assert fingerprint([numbers]).item() != fingerprint([numbers.flip(0)]).item()
+    assert fingerprint([torch.zeros(9), torch.zeros(())]).item() == 0
+    assert max(lengths) == parallel.CHUNK
 
 
 def test_one_process_never_asks_torch_distributed_for_anything_but_whether_it_runs(monkeypatch):
-    allowed = {"is_available", "is_initialized", "ProcessGroup"}
+    allowed = {"is_available", "is_initialized"}
     asked = set()
 
     class Watched:
@@ -647,8 +655,6 @@ def test_one_process_never_asks_torch_distributed_for_anything_but_whether_it_ru
     monkeypatch.setattr(torch, "distributed", Watched())
     training = Training()
     training.train(2)
-    training.backward()
-    training.optimizer.check_products()
     assert asked <= allowed
 
 
@@ -659,8 +665,7 @@ TIMEOUT = 5.0
 
 def death(i: int, how: signal.Signals, last: int) -> tuple[Outcome, float]:
     """A step in which the last process is lost, within its second product."""
-    training = Training()
-    training.optimizer.process_group = distributed.group.WORLD
+    training = Training(group=distributed.group.WORLD)
     training.train(2)
     training.backward()
     products = 0
@@ -771,12 +776,12 @@ def test_nccl_steps_as_without_it_in_a_group_of_one(tmp_path):
             training = Training(Case(options=(("warm_start", 0.9),)), None)
             training.model.cuda()
             training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
-            training.optimizer.process_group = group
+            training.group = group
             with counted_collectives() as calls:
                 parameters.append(training.train(STEPS))
             assert bool(calls) == bool(group)
-            adaptive = LevenbergMarquardt(training.optimizer)
-            adaptive.step(training.backward(), training.evaluate, batch_size=24)
+            training.adaptive = LevenbergMarquardt(training.optimizer)
+            training.adapt(training.backward(), training.evaluate)
             parameters[-1] += training.parameters()
         assert all(map(torch.equal, *parameters))
     finally:

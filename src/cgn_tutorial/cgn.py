@@ -656,8 +656,8 @@ _SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")
 
 def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
     """The gradient of a parameter, that of the penalty included."""
-    assert p.grad is not None
-    return p.grad + group["weight_decay"] * p
+    gradient: Tensor = p.grad + group["weight_decay"] * p
+    return gradient
 
 
 def _check_agreement(option: str, where: str, blocks: list[Block]) -> None:

@@ -61,8 +61,8 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
         group = distributed.group.WORLD
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
-            "group must be a process group that this process belongs to, or None for all processes "
-            f"once torch.distributed.init_process_group has run, but is {group!r}."
+            "group must be a group that this process belongs to, or None for all processes, once "
+            f"torch.distributed.init_process_group has run, but is {group!r}."
         )
     device = optimizer.param_groups[0]["params"][0].device
     mine = torch.zeros(4, dtype=torch.int64, device=device)
@@ -181,11 +181,11 @@ def _marks(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) -> Ten
             "batch_size must be the number of samples of this process, at least 1, but is "
             f"{batch_size}: call whole_batch(optimizer, len(inputs)). Nothing has been changed."
         )
-    text = []
+    text: list[str] = []
     for block in blocks:
         for name, p, group in zip(block.names, block.parameters, block.groups, strict=True):
-            values = [str(group[option]) for option in optimizer.defaults]
-            text += [name, f"{p.shape} {p.dtype} {p in optimizer.state} of {block.names}", *values]
+            options = sorted(f"{k}={v}" for k, v in group.items() if not k.startswith("param"))
+            text += [name, f"{p.shape} {p.dtype} {p in optimizer.state} of {block.names}", *options]
     parameters = [p for block in blocks for p in block.parameters]
     starts = [optimizer.state[p]["v"] for p in parameters if p in optimizer.state]
     marks = (

@@ -75,7 +75,7 @@ def train(
         share = whole_batch(optimizer, len(inputs))
         optimizer.step()
 
-        losses.append(share.loss(lambda loss=loss: loss.item()))  # only to be looked at
+        losses.append(share.loss(loss.item))  # only to be looked at
         if i == 0:
             print(f"step {step:3}: loss {losses[-1]:.5f}", flush=True)
             if checkpoint:
