@@ -22,7 +22,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
-    "backpack_support",
     "defaults",
     "diff_names",
     "fold",

@@ -1,20 +1,15 @@
 """BackPACK's blocks against a dense recursion, layer by layer, with autograd inside each layer."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+import trials
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "_ext"))
-
-import trials
 
 IMAGES, CLASSES = 2, 3
 MODIFICATIONS: dict[str, Callable[[Tensor], Tensor]] = {

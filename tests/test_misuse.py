@@ -10,7 +10,6 @@ import doctest
 import io
 import math
 import re
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
+from trials import AUTOGRAD, BACKPACK, LAYERS, MATRICES, reference, verdict
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "_ext"))
-
-from trials import AUTOGRAD, BACKPACK, LAYERS, MATRICES, reference, verdict
 
 PAGE = Path(__file__).parents[1] / "docs" / "misuse.rst"
 

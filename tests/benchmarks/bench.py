@@ -1,7 +1,8 @@
 """What the curvature products and the optimizer cost: `nox -s bench`, or run this file.
 
-Writes tables (CSV) and figures (SVG) for docs/benchmarks.rst. Everything that is compared takes
-turns, so that whatever else the machine does slows all of it alike.
+Writes tables (CSV) and figures (SVG) for docs/benchmarks.rst, and the tables of
+docs/guides/backpack.rst. Everything that is compared takes turns, so that whatever else the machine
+does slows all of it alike.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from measuring import Row, draw, machine, write
 from processes import bench_processes
 from studies import bench_products_tried, bench_tried
 from timing import bench_products, bench_resnet, bench_shortcut, bench_steps
+from trials import trial_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +51,7 @@ def results(quick: bool) -> Iterator[tuple[str, list[Row] | Figure]]:
     yield "diagnostics", draw_diagnostics()
     yield "tried", bench_tried(quick)
     yield "products_tried", bench_products_tried(quick)
+    yield from trial_tables(quick)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import playwright.sync_api
 import pytest
 
-collect_ignore = ["expected.py", "test_downloads.py"]
+collect_ignore = ["test_downloads.py"]
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "_build" / "html"

@@ -1,8 +1,10 @@
-"""What BackPACK and autograd make of layers and losses, tried while the site is built.
+"""What BackPACK and autograd make of layers and losses: the tables of docs/guides/backpack.rst.
 
 Each case is a tiny model. Its products with all unit vectors are held against a matrix that needs
 first derivatives only: central differences of outputs and of gradients, of a model that was never
 extended. So a second derivative that is wrong, BackPACK's or torch's, shows as wrong.
+
+`nox -s bench` writes the tables, beside those of the benchmarks; this file alone does, too.
 """
 
 from __future__ import annotations
@@ -11,18 +13,21 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import torch
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
+from measuring import Row, write
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
 
 from cgn_tutorial import GGN, Hessian
 
@@ -33,7 +38,7 @@ AUTOGRAD = {"GGN": GGN, "Hessian": Hessian}
 #: The relative difference that rounding and central differences explain.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
-#: What errors say, and what to do. An error that is not listed stops the build.
+#: What errors say, and what to do. A table with an error that is not listed is not written.
 REMEDIES = {
     "does not have an extension for Module": "BackPACK has no rule for the module. Take products "
     "by autograd, or a layer that it knows.",
@@ -51,13 +56,13 @@ REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A model and a loss to try.
 
     Attributes:
         name: What the table calls it.
-        layers: Makes the layers in question; a linear layer to three outputs follows.
+        layers: Makes the layers in question, one each; a linear layer to three outputs follows.
         shape: The inputs' shape, with the batch; or the inputs.
         loss: Makes the loss.
         targets: The targets, or a class per sample if `None`.
@@ -66,7 +71,7 @@ class Case:
     """
 
     name: str
-    layers: Callable[[], Sequence[nn.Module]]
+    layers: Sequence[Callable[[], nn.Module]]
     shape: tuple[int, ...] | Tensor = (3, 4)
     loss: Callable[[], nn.Module] = nn.CrossEntropyLoss
     targets: Tensor | None = None
@@ -82,7 +87,7 @@ class Case:
     def model(self) -> nn.Sequential:
         """The same model each time, in double precision."""
         torch.manual_seed(0)
-        model = nn.Sequential(*self.layers()).double()
+        model = nn.Sequential(*(make() for make in self.layers)).double()
         with torch.no_grad():
             z = copy.deepcopy(model)(self.inputs())
         if z.dim() > 2:
@@ -114,7 +119,7 @@ class Verdict:
     def word(self) -> str:
         """What the table shows."""
         if self.error:
-            return f"raises\u00a0{1 + [*REMEDIES].index(known(self.error))}"
+            return f"raises {1 + [*REMEDIES].index(known(self.error))}"
         if self.right:
             return "right, but zero" if self.zero else "right"
         return f"**wrong**, by {self.difference:.2g}"
@@ -128,10 +133,10 @@ def known(error: str) -> str:
     raise ValueError(f"No remedy is known for: {error}")
 
 
-def outputs_of(model: nn.Module, x: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """The model's outputs, with the same dropout mask each time."""
+def evaluate(model: nn.Module, x: Tensor, name: str = "", value: Tensor | None = None) -> Tensor:
+    """The outputs, perhaps with another value of a parameter; always with the same dropout mask."""
     torch.manual_seed(2)
-    z: Tensor = functional_call(model, parameters or {}, (x,))
+    z: Tensor = functional_call(model, {} if value is None else {name: value}, (x,))
     return z
 
 
@@ -152,27 +157,24 @@ def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return g
 
 
+@cache
 def reference(case: Case, matrix: str) -> list[Tensor]:
     """The true blocks, one per parameter: of the GGN and the Hessian, from first derivatives."""
     model, loss, x, y = case.model(), case.loss(), case.inputs(), case.labels()
     if matrix == "PCH":
         return recursion_blocks(model, x, lambda z: loss(z, y), lambda R: R.clamp(min=0))
-    z = outputs_of(model, x).detach()
-    H_L = differences(lambda z: gradient(lambda z: loss(z, y), z), z)
+    H_L = differences(partial(gradient, lambda z: loss(z, y)), evaluate(model, x).detach())
     blocks = []
     for name, p in model.named_parameters():
-
-        def outputs(q: Tensor, name: str = name) -> Tensor:
-            return outputs_of(model, x, {name: q})
-
+        outputs = partial(evaluate, model, x, name)
         if matrix == "GGN":
             with torch.no_grad():
                 J = differences(outputs, p.detach())
             blocks.append(J.T @ H_L @ J)
         else:
 
-            def slope(q: Tensor, z: Callable[[Tensor], Tensor] = outputs) -> Tensor:
-                return gradient(lambda q: loss(z(q), y), q)
+            def slope(q: Tensor, f: Callable[[Tensor], Tensor] = outputs) -> Tensor:
+                return gradient(lambda q: loss(f(q), y), q)
 
             blocks.append(differences(slope, p.detach()))
     return blocks
@@ -192,28 +194,22 @@ def recursion_blocks(
     """
     hidden = [inputs]
     for layer in net:
-        hidden.append(outputs_of(layer, hidden[-1]).detach())
+        hidden.append(evaluate(layer, hidden[-1]).detach())
     delta = jacobian(loss, hidden[-1])
     H = hessian(loss, hidden[-1]).reshape(delta.numel(), delta.numel())
     blocks: list[Tensor] = []
     for layer, h in zip(reversed(net), reversed(hidden[:-1]), strict=True):
         own = []
         for name, p in layer.named_parameters():
-
-            def outputs(
-                value: Tensor, layer: nn.Module = layer, name: str = name, h: Tensor = h
-            ) -> Tensor:
-                return outputs_of(layer, h, {name: value})
-
-            J = jacobian(outputs, p.detach()).reshape(len(H), p.numel())
+            J = jacobian(partial(evaluate, layer, h, name), p.detach()).reshape(len(H), p.numel())
             own.append(J.T @ H @ J)
         blocks = own + blocks
 
         def weighted(h: Tensor, layer: nn.Module = layer, delta: Tensor = delta) -> Tensor:
-            return (delta**delta_power * outputs_of(layer, h).view_as(delta)).sum()
+            return (delta**delta_power * evaluate(layer, h).view_as(delta)).sum()
 
         residual = hessian(weighted, h).reshape(h.numel(), h.numel())
-        J = jacobian(partial(outputs_of, layer), h).reshape(len(H), h.numel())
+        J = jacobian(partial(evaluate, layer), h).reshape(len(H), h.numel())
         H = J.T @ H @ J + modify(residual)
         delta = (J.T @ delta.flatten()).view_as(h)
     return blocks
@@ -222,11 +218,11 @@ def recursion_blocks(
 def products(case: Case, whose: str) -> list[Tensor]:
     """The blocks, one per parameter, from products with all unit vectors."""
     model, loss = case.model().to(case.dtype), case.loss().to(case.dtype)
-    x, y = case.inputs(), case.labels()
-    x = x.to(case.dtype) if x.is_floating_point() else x
-    y = y.to(case.dtype) if y.is_floating_point() else y
+    x, y = (
+        t.to(case.dtype) if t.is_floating_point() else t for t in (case.inputs(), case.labels())
+    )
     if whose in AUTOGRAD:
-        z = outputs_of(model, x)
+        z = evaluate(model, x)
         blocks = AUTOGRAD[whose](model.parameters()).backward(loss(z, y), z)
         return [block(torch.eye(block.parameters[0].numel()).to(z)) for block in blocks]
     extension = BACKPACK[whose]()
@@ -260,12 +256,6 @@ def verdict(case: Case, whose: str, true: Sequence[Tensor] | None = None) -> Ver
         for block, b in zip(blocks, true, strict=True)
     )
     return Verdict(difference, right=difference < ROUNDING[case.dtype])
-
-
-def verdicts(case: Case) -> dict[str, Verdict]:
-    """One verdict per column; GGN and Hessian are computed once for two columns each."""
-    true = {matrix: reference(case, matrix) for matrix in ("GGN", "Hessian")}
-    return {whose: verdict(case, whose, true.get(MATRICES[whose])) for whose in MATRICES}
 
 
 # The cases.
@@ -310,125 +300,115 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, q, x)
 
 
-IMAGES, SEQUENCES, ROWS = (2, 1, 4, 4), (2, 2, 4), (2, 3, 4)
+IMAGES, SEQUENCES, ROWS, VOXELS = (2, 1, 4, 4), (2, 2, 4), (2, 3, 4), (2, 1, 2, 2, 2)
+LINEAR, CONV = partial(nn.Linear, 4, 4), partial(nn.Conv2d, 1, 2, 2)
 
 
-def behind(layer: Callable[[], nn.Module]) -> Callable[[], list[nn.Module]]:
-    """The layer behind a linear one."""
-    return lambda: [nn.Linear(4, 4), layer()]
-
-
-def behind_conv(layer: Callable[[], nn.Module]) -> Callable[[], list[nn.Module]]:
-    """The layer behind a convolution."""
-    return lambda: [nn.Conv2d(1, 2, 2), layer()]
+def behind(
+    name: str,
+    layer: Callable[[], nn.Module],
+    shape: tuple[int, ...] = (3, 4),
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    """A layer behind one with parameters: a convolution for images, else a linear one."""
+    return Case(name, [CONV if shape == IMAGES else LINEAR, layer], shape, dtype=dtype)
 
 
 LAYERS = [
-    Case("Linear", lambda: [nn.Linear(4, 4)]),
-    Case("Linear on `[N, …, features]`", lambda: [nn.Linear(4, 4)], ROWS),
-    Case("Conv2d", lambda: [nn.Conv2d(1, 2, 2)], IMAGES),
+    Case("Linear", [LINEAR]),
+    Case("Linear on `[N, …, features]`", [LINEAR], ROWS),
+    Case("Conv2d", [CONV], IMAGES),
     Case(
         "Conv2d with stride, padding, dilation and groups",
-        lambda: [nn.Conv2d(2, 4, 2, stride=2, padding=1, dilation=2, groups=2)],
+        [partial(nn.Conv2d, 2, 4, 2, stride=2, padding=1, dilation=2, groups=2)],
         (2, 2, 4, 4),
     ),
     Case(
         'Conv2d, `padding="same"`, the first layer',
-        lambda: [nn.Conv2d(1, 2, 3, padding="same")],
+        [partial(nn.Conv2d, 1, 2, 3, padding="same")],
         (2, 1, 5, 5),
     ),
-    Case(
+    behind(
         'Conv2d, `padding="same"`, a later layer',
-        behind_conv(lambda: nn.Conv2d(2, 1, 3, padding="same")),
+        partial(nn.Conv2d, 2, 1, 3, padding="same"),
         IMAGES,
     ),
     Case(
         'Conv2d, `padding_mode="circular"`',
-        lambda: [nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")],
+        [partial(nn.Conv2d, 1, 2, 3, padding=1, padding_mode="circular")],
         IMAGES,
     ),
-    Case("Conv1d", lambda: [nn.Conv1d(2, 2, 2)], SEQUENCES),
-    Case("Conv3d", lambda: [nn.Conv3d(1, 2, 2)], (2, 1, 2, 2, 2)),
-    Case("ConvTranspose1d", lambda: [nn.ConvTranspose1d(2, 2, 2)], SEQUENCES),
-    Case("ConvTranspose2d", lambda: [nn.ConvTranspose2d(1, 2, 2)], (2, 1, 2, 2)),
-    Case("ConvTranspose3d", lambda: [nn.ConvTranspose3d(1, 1, 2)], (2, 1, 2, 2, 2)),
-    Case("Embedding", lambda: [nn.Embedding(5, 4)], torch.arange(3)),
-    Case("EmbeddingBag", lambda: [nn.EmbeddingBag(5, 4)], torch.arange(6).view(3, 2) % 5),
-    Case("ReLU", behind(nn.ReLU)),
-    Case("ReLU, `inplace=True`", behind(lambda: nn.ReLU(inplace=True))),
-    Case("Sigmoid", behind(nn.Sigmoid)),
-    Case("Tanh", behind(nn.Tanh)),
-    Case("ReLU6", behind(nn.ReLU6)),
-    Case("LeakyReLU", behind(nn.LeakyReLU)),
-    Case("ELU", behind(nn.ELU)),
-    Case("GELU", behind(nn.GELU)),
-    Case("SiLU", behind(nn.SiLU)),
-    Case("Softplus", behind(nn.Softplus)),
-    Case("PReLU", behind(nn.PReLU)),
-    Case("Softmax", behind(lambda: nn.Softmax(1))),
-    Case("Identity", behind(nn.Identity)),
-    Case("Flatten", behind_conv(nn.Flatten), IMAGES),
-    Case("MaxPool2d", behind_conv(lambda: nn.MaxPool2d(2)), IMAGES),
-    Case("AvgPool2d", behind_conv(lambda: nn.AvgPool2d(2)), IMAGES, dtype=torch.float32),
-    Case("AvgPool2d, `float64`", behind_conv(lambda: nn.AvgPool2d(2)), IMAGES),
-    Case(
+    Case("Conv1d", [partial(nn.Conv1d, 2, 2, 2)], SEQUENCES),
+    Case("Conv3d", [partial(nn.Conv3d, 1, 2, 2)], VOXELS),
+    Case("ConvTranspose1d", [partial(nn.ConvTranspose1d, 2, 2, 2)], SEQUENCES),
+    Case("ConvTranspose2d", [partial(nn.ConvTranspose2d, 1, 2, 2)], (2, 1, 2, 2)),
+    Case("ConvTranspose3d", [partial(nn.ConvTranspose3d, 1, 1, 2)], VOXELS),
+    Case("Embedding", [partial(nn.Embedding, 5, 4)], torch.arange(3)),
+    Case("EmbeddingBag", [partial(nn.EmbeddingBag, 5, 4)], torch.arange(6).view(3, 2) % 5),
+    behind("ReLU", nn.ReLU),
+    behind("ReLU, `inplace=True`", partial(nn.ReLU, inplace=True)),
+    *(behind(layer.__name__, layer) for layer in (nn.Sigmoid, nn.Tanh, nn.ReLU6, nn.LeakyReLU)),
+    *(behind(layer.__name__, layer) for layer in (nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)),
+    behind("PReLU", nn.PReLU),
+    behind("Softmax", partial(nn.Softmax, 1)),
+    behind("Identity", nn.Identity),
+    behind("Flatten", nn.Flatten, IMAGES),
+    behind("MaxPool2d", partial(nn.MaxPool2d, 2), IMAGES),
+    behind("AvgPool2d", partial(nn.AvgPool2d, 2), IMAGES, torch.float32),
+    behind("AvgPool2d, `float64`", partial(nn.AvgPool2d, 2), IMAGES),
+    behind(
         "AvgPool2d, `count_include_pad=False`",
-        behind_conv(lambda: nn.AvgPool2d(2, padding=1, count_include_pad=False)),
+        partial(nn.AvgPool2d, 2, padding=1, count_include_pad=False),
         IMAGES,
     ),
-    Case("AdaptiveAvgPool2d", behind_conv(lambda: nn.AdaptiveAvgPool2d(2)), IMAGES),
-    Case("MaxPool1d", behind(lambda: nn.MaxPool1d(2)), SEQUENCES),
-    Case("ZeroPad2d", behind_conv(lambda: nn.ZeroPad2d(1)), IMAGES),
-    Case("ReflectionPad2d", behind_conv(lambda: nn.ReflectionPad2d(1)), IMAGES),
-    Case("BatchNorm1d on `[N, C]`, train", behind(lambda: nn.BatchNorm1d(4))),
-    Case("BatchNorm1d on `[N, C]`, eval", behind(lambda: nn.BatchNorm1d(4).eval())),
-    Case("BatchNorm1d on `[N, C, L]`, train", behind(lambda: nn.BatchNorm1d(2)), SEQUENCES),
-    Case("BatchNorm1d, `affine=False`", behind(lambda: nn.BatchNorm1d(4, affine=False))),
-    Case("BatchNorm2d, train", behind_conv(lambda: nn.BatchNorm2d(2)), IMAGES),
-    Case("BatchNorm2d, eval", behind_conv(lambda: nn.BatchNorm2d(2).eval()), IMAGES),
-    Case("LayerNorm", behind(lambda: nn.LayerNorm(4))),
-    Case("GroupNorm", behind_conv(lambda: nn.GroupNorm(1, 2)), IMAGES),
-    Case("Dropout, train", behind(nn.Dropout)),
-    Case("Dropout, eval", behind(lambda: nn.Dropout().eval())),
-    Case("A Sequential within another", lambda: [nn.Sequential(nn.Linear(4, 4), nn.ReLU())]),
-    Case("A residual connection", lambda: [Residual()]),
-    Case("A residual connection, `use_converter=True`", lambda: [Residual()], converter=True),
-    Case("LSTM", lambda: [Only(nn.LSTM(2, 2, batch_first=True))], (2, 3, 2)),
-    Case("GRU", lambda: [Only(nn.GRU(2, 2, batch_first=True))], (2, 3, 2)),
+    behind("AdaptiveAvgPool2d", partial(nn.AdaptiveAvgPool2d, 2), IMAGES),
+    behind("MaxPool1d", partial(nn.MaxPool1d, 2), SEQUENCES),
+    behind("ZeroPad2d", partial(nn.ZeroPad2d, 1), IMAGES),
+    behind("ReflectionPad2d", partial(nn.ReflectionPad2d, 1), IMAGES),
+    behind("BatchNorm1d on `[N, C]`, train", partial(nn.BatchNorm1d, 4)),
+    behind("BatchNorm1d on `[N, C]`, eval", lambda: nn.BatchNorm1d(4).eval()),
+    behind("BatchNorm1d on `[N, C, L]`, train", partial(nn.BatchNorm1d, 2), SEQUENCES),
+    behind("BatchNorm1d, `affine=False`", partial(nn.BatchNorm1d, 4, affine=False)),
+    behind("BatchNorm2d, train", partial(nn.BatchNorm2d, 2), IMAGES),
+    behind("BatchNorm2d, eval", lambda: nn.BatchNorm2d(2).eval(), IMAGES),
+    behind("LayerNorm", partial(nn.LayerNorm, 4)),
+    behind("GroupNorm", partial(nn.GroupNorm, 1, 2), IMAGES),
+    behind("Dropout, train", nn.Dropout),
+    behind("Dropout, eval", lambda: nn.Dropout().eval()),
+    Case("A Sequential within another", [lambda: nn.Sequential(LINEAR(), nn.ReLU())]),
+    Case("A residual connection", [Residual]),
+    Case("A residual connection, `use_converter=True`", [Residual], converter=True),
+    Case("LSTM", [lambda: Only(nn.LSTM(2, 2, batch_first=True))], (2, 3, 2)),
+    Case("GRU", [lambda: Only(nn.GRU(2, 2, batch_first=True))], (2, 3, 2)),
     Case(
         "MultiheadAttention, with its weights",
-        lambda: [Only(nn.MultiheadAttention(4, 2, batch_first=True), times=3)],
+        [lambda: Only(nn.MultiheadAttention(4, 2, batch_first=True), times=3)],
         ROWS,
     ),
-    Case("`scaled_dot_product_attention`", lambda: [Attention()], ROWS),
-    Case("`weight_norm`", lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))]),
+    Case("`scaled_dot_product_attention`", [Attention], ROWS),
+    Case("`weight_norm`", [lambda: weight_norm(LINEAR())]),
 ]
 
 ONE_HOT = torch.eye(3).double()
-RELU = behind(nn.ReLU)
+CROSS_ENTROPY = nn.CrossEntropyLoss
 
 
 def loss_case(name: str, loss: Callable[[], nn.Module], targets: Tensor | None = None) -> Case:
     """A loss behind layers that all products take."""
-    return Case(name, RELU, loss=loss, targets=targets)
-
-
-def cross_entropy(**options: Any) -> Callable[[], nn.Module]:
-    """Makes a cross entropy with options."""
-    return lambda: nn.CrossEntropyLoss(**options)
+    return Case(name, [LINEAR, nn.ReLU], loss=loss, targets=targets)
 
 
 LOSSES = [
-    loss_case("CrossEntropyLoss", nn.CrossEntropyLoss),
-    loss_case('`reduction="sum"`', cross_entropy(reduction="sum")),
-    loss_case("`label_smoothing`", cross_entropy(label_smoothing=0.1)),
-    loss_case("`weight`", cross_entropy(weight=torch.tensor([1.0, 2.0, 3.0]).double())),
-    loss_case("`ignore_index`", cross_entropy(ignore_index=1)),
-    loss_case("a target of −100, the default index", cross_entropy(), torch.tensor([0, -100, 2])),
-    loss_case("probabilities as targets", cross_entropy(), torch.full((3, 3), 1 / 3).double()),
-    loss_case("targets that add up to 3/2", cross_entropy(), torch.full((3, 3), 1 / 2).double()),
+    loss_case("CrossEntropyLoss", CROSS_ENTROPY),
+    loss_case('`reduction="sum"`', partial(CROSS_ENTROPY, reduction="sum")),
+    loss_case("`label_smoothing`", partial(CROSS_ENTROPY, label_smoothing=0.1)),
+    loss_case("`weight`", partial(CROSS_ENTROPY, weight=torch.arange(1, 4).double())),
+    loss_case("`ignore_index`", partial(CROSS_ENTROPY, ignore_index=1)),
+    loss_case("a target of −100, the default index", CROSS_ENTROPY, torch.tensor([0, -100, 2])),
+    loss_case("probabilities as targets", CROSS_ENTROPY, torch.full((3, 3), 1 / 3).double()),
+    loss_case("targets that add up to 3/2", CROSS_ENTROPY, torch.full((3, 3), 1 / 2).double()),
     loss_case("MSELoss", nn.MSELoss, ONE_HOT),
-    loss_case('MSELoss, `reduction="sum"`', lambda: nn.MSELoss(reduction="sum"), ONE_HOT),
+    loss_case('MSELoss, `reduction="sum"`', partial(nn.MSELoss, reduction="sum"), ONE_HOT),
     loss_case("BCEWithLogitsLoss", nn.BCEWithLogitsLoss, ONE_HOT),
     loss_case("L1Loss", nn.L1Loss, ONE_HOT),
     loss_case("SmoothL1Loss", nn.SmoothL1Loss, ONE_HOT),
@@ -437,44 +417,35 @@ LOSSES = [
     loss_case("PoissonNLLLoss", nn.PoissonNLLLoss, ONE_HOT),
     loss_case("MultiMarginLoss", nn.MultiMarginLoss),
 ]
-CASES = {"layers": LAYERS, "losses": LOSSES}
 
 
-# The page.
-
-
-@cache
-def all_verdicts(kind: str) -> dict[str, dict[str, Verdict]]:
-    """The verdicts on all layers, or on all losses."""
-    return {case.name: verdicts(case) for case in CASES[kind]}
-
-
-def table(kind: str) -> str:
-    """The verdicts as a table in reStructuredText."""
-    header = ["Layer" if kind == "layers" else "Loss", *MATRICES]
-    rows = [header]
-    rows += [
-        [name, *(found[whose].word for whose in MATRICES)]
-        for name, found in all_verdicts(kind).items()
-    ]
-    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 30 14 14 14 14 14", ""]
-    for row in rows:
-        lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
-    return "\n".join(lines)
-
-
-def errors() -> str:
-    """The errors of both tables, each with an example of its text and its remedy."""
+def trial_tables(quick: bool = False) -> Iterator[tuple[str, list[Row]]]:
+    """The verdicts on layers and on losses, the errors among them, and the versions tried."""
     examples: dict[str, str] = {}
-    for kind in CASES:
-        for found in all_verdicts(kind).values():
-            for one in found.values():
-                if one.error:
-                    examples.setdefault(known(one.error), one.error)
-    lines = []
-    for pattern, remedy in REMEDIES.items():
-        if pattern not in examples:
-            raise ValueError(f"No case raises this any more: {pattern}")
-        first = " ".join(examples[pattern].splitlines()[0].replace("`", "'").split())
-        lines += [f"#. `{shorten(first, 110, placeholder=' …')}`", "", f"   {remedy}", ""]
-    return "\n".join(lines)
+    for name, column, cases in (("layers", "Layer", LAYERS), ("losses", "Loss", LOSSES)):
+        table = []
+        for case in cases[:: 8 if quick else 1]:
+            found = {whose: verdict(case, whose) for whose in MATRICES}
+            table.append({column: case.name} | {whose: v.word for whose, v in found.items()})
+            for error in (v.error for v in found.values() if v.error):
+                examples.setdefault(known(error), error)
+        yield f"backpack_{name}", table
+    if not quick and (unseen := REMEDIES.keys() - examples.keys()):
+        raise ValueError(f"No case raises this any more: {', '.join(unseen)}")
+    table = []
+    for number, (pattern, remedy) in enumerate(REMEDIES.items(), start=1):
+        if pattern in examples:
+            said = " ".join(examples[pattern].splitlines()[0].replace("`", "'").split())
+            said = shorten(said, 110, placeholder=" …")
+            table.append({"": str(number), "The error": f"`{said}`", "What to do": remedy})
+    yield "backpack_errors", table
+    tried = {"BackPACK": version("backpack-for-pytorch"), "PyTorch": torch.__version__}
+    yield (
+        "backpack_versions",
+        [{"Tried with": name, "Version": tried[name].partition("+")[0]} for name in tried],
+    )
+
+
+if __name__ == "__main__":
+    for name, table in trial_tables():
+        write(table, Path(__file__).parents[2] / "docs" / "bench" / f"{name}.csv")
