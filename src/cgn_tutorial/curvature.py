@@ -208,7 +208,7 @@ class Curvature:
                 raise RuntimeError(_UNSEEN.format(f"a parameter of shape {list(p.shape)}"))
 
         def check(block: Tensors) -> None:
-            _check_seen({p: gradients[p] for p in block}, u, push)
+            _check_seen(loss, {p: gradients[p] for p in block}, u, push)
 
         if not self._checked:
             check(members)
@@ -735,8 +735,11 @@ def _parts(v: Tensor, block: Tensors) -> list[Tensor]:
     return [part.view_as(p).to(p.dtype, copy=True) for part, p in parts]
 
 
-def _check_seen(gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply) -> None:
+def _check_seen(
+    loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply
+) -> None:
     """Raise if uᵀJv is not gᵀv, for the v along each gradient g, of length 1."""
+    rounding = torch.finfo(loss.dtype).eps ** 0.5 * abs(float(loss.detach()))
 
     def seen(block: Tensors) -> bool:
         g = [gradients[p].detach() for p in block]
@@ -750,7 +753,8 @@ def _check_seen(gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply) -> 
         gv = sum(float(norm) for norm in norms)
         uw = sum(float((u_i.detach() * w_i).double().sum()) for u_i, w_i in zip(u, w, strict=True))
         lengths = [sum(float(x.detach().double().square().sum()) for x in xs) ** 0.5 for xs in (u, w)]
-        return not abs(gv - uw) > SEEN * (gv + lengths[0] * lengths[1])  # NaN passes: see step()
+        bound = SEEN * (gv + lengths[0] * lengths[1]) + rounding
+        return not abs(gv - uw) > bound  # NaN passes, since step() finds it
 
     if not seen(list(gradients)):
         faulty = [p for p in gradients if not seen([p])] or gradients
@@ -801,6 +805,9 @@ _EXPLANATIONS = {
     + "evaluate the model within torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
     r"derivative for '?([\w:]*cudnn_rnn\w*)'? is not implemented": _TWICE
     + "evaluate the model within torch.backends.cudnn.flags(enabled=False).",
+    r"derivative for '?([\w:]*(?:ctc|margin)_loss\w*)'? is not implemented": _TWICE
+    + "this is so for CTC, multi_margin_loss and multilabel_margin_loss. Take another loss, or "
+    "write this one out, as CTC's recursion in torch.logsumexp.",
     r"derivative for '?([\w:]+)'? is not implemented": _TWICE
     + "write it in terms of operations that it can.",
     r"modified by an (inplace operation)": "a tensor of the graph was changed by an {} after "
