@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gc
 import io
 import re
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -950,6 +952,16 @@ def test_a_cudnn_rnn_is_named_with_its_remedy(curvature_type: type[Curvature]) -
     with torch.backends.cudnn.flags(enabled=False):
         (product,) = products_of(curvature, model, x, lambda z: z.square().mean())
     assert product(v).isfinite().all()
+
+
+# --------------------------------------------------------------------------- a third curvature
+
+
+def test_the_page_on_contributing_makes_a_third_curvature() -> None:
+    page = Path(__file__).parents[1] / "docs" / "contributing.rst"
+    result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert result.attempted > 10
+    assert result.failed == 0
 
 
 # ------------------------------------------------------------------------------------- copies

@@ -1,7 +1,15 @@
 """Matrix-free second-order optimization in PyTorch."""
 
 from cgn_tutorial.cgn import BlockSolve, CGNOptimizer, CGResult, LevenbergMarquardt, Solve, cg
-from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
+from cgn_tutorial.curvature import (
+    GGN,
+    BlockProduct,
+    Curvature,
+    Hessian,
+    check_products,
+    layers,
+    restrict,
+)
 
 __all__ = [
     "GGN",
@@ -14,5 +22,7 @@ __all__ = [
     "LevenbergMarquardt",
     "Solve",
     "cg",
+    "check_products",
     "layers",
+    "restrict",
 ]

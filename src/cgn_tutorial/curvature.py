@@ -405,7 +405,9 @@ def restrict(extension: Any, masks: Mapping[Tensor, Tensor]) -> None:
                 f".{extension.savefield} to restrict: call restrict() between the backward pass "
                 "and step()."
             )
-    products = {id(product): product for p in masks for product in [getattr(p, extension.savefield)]}
+    products = {
+        id(product): product for p in masks for product in [getattr(p, extension.savefield)]
+    }
     for product in products.values():
         members = getattr(product, "parameters", None)
         if members is None:
@@ -735,9 +737,7 @@ def _parts(v: Tensor, block: Tensors) -> list[Tensor]:
     return [part.view_as(p).to(p.dtype, copy=True) for part, p in parts]
 
 
-def _check_seen(
-    loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply
-) -> None:
+def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply) -> None:
     """Raise if uᵀJv is not gᵀv, for the v along each gradient g, of length 1."""
     rounding = torch.finfo(loss.dtype).eps ** 0.5 * abs(float(loss.detach()))
 
@@ -752,7 +752,9 @@ def _check_seen(
             return True  # the product will say why
         gv = sum(float(norm) for norm in norms)
         uw = sum(float((u_i.detach() * w_i).double().sum()) for u_i, w_i in zip(u, w, strict=True))
-        lengths = [sum(float(x.detach().double().square().sum()) for x in xs) ** 0.5 for xs in (u, w)]
+        lengths = [
+            sum(float(x.detach().double().square().sum()) for x in xs) ** 0.5 for xs in (u, w)
+        ]
         bound = SEEN * (gv + lengths[0] * lengths[1]) + rounding
         return not abs(gv - uw) > bound  # NaN passes, since step() finds it
 
