@@ -15,11 +15,13 @@ Both take any model and loss that torch can differentiate twice. The file needs 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -405,37 +407,20 @@ def restrict(extension: Any, masks: Mapping[Tensor, Tensor]) -> None:
                 f".{extension.savefield} to restrict: call restrict() between the backward pass "
                 "and step()."
             )
-    products = {
-        id(product): product for p in masks for product in [getattr(p, extension.savefield)]
-    }
-    for product in products.values():
-        members = getattr(product, "parameters", None)
-        if members is None:
-            (p,) = (p for p in masks if getattr(p, extension.savefield) is product)
-            setattr(p, extension.savefield, partial(_restricted, product, masks[p].to(p.dtype)))
-            continue
-        dtype = _dtype(members)
-        flat = [masks.get(p, torch.ones_like(p)).to(p.device, dtype).reshape(-1) for p in members]
-        restricted = BlockProduct(members, _restricted_block(product, torch.cat(flat)))
-        for p in members:
-            setattr(p, extension.savefield, restricted)
     for p, mask in masks.items():
-        p.grad *= mask
-
-
-def _restricted(product: Push, mask: Tensor, v: Tensor) -> Tensor:
-    """P C P v."""
-    return mask * product(mask * v)
-
-
-def _restricted_block(product: Push, mask: Tensor) -> Multiply:
-    """P C P v, for a block."""
-
-    def multiply(block: Tensors, v: Tensors) -> Tensors:
-        row = torch.cat([v_p.reshape(-1).to(mask.dtype) for v_p in v])[None]
-        return [_restricted(product, mask, row)[0]]
-
-    return multiply
+        product = getattr(p, extension.savefield)
+        members = getattr(product, "parameters", None)
+        P = mask.to(p.dtype)
+        if members is not None:
+            parts = [P if q is p else torch.ones_like(q) for q in members]
+            P = torch.cat([part.detach().reshape(-1) for part in parts])
+        restricted = partial(lambda v, product, P: P * product(P * v), product=product, P=P)
+        if members is not None:
+            restricted.__dict__["parameters"] = members
+        for q in members or [p]:
+            setattr(q, extension.savefield, restricted)
+        if p.grad is not None:
+            p.grad.mul_(mask)
 
 
 def check_products(
@@ -447,10 +432,10 @@ def check_products(
 ) -> float:
     """Check that curvature products are what they should be, before `step()`.
 
-    For random vectors u and v, a symmetric C has uᵀCv = vᵀCu, and one that is positive semi-definite
+    For random vectors u and v, a symmetric C has uᵀCv = vᵀCu, and a positive semi-definite one
     uᵀCu ≥ 0. A product that fails either is wrong; one that passes may be wrong in other ways. With
-    `evaluate`, no wrong product passes: C v is held against central differences, which need first
-    derivatives only,
+    `evaluate`, C v is also held against central differences, which need first derivatives only, and
+    which find any wrong product,
 
         H v ≈ (g(θ + hv) − g(θ − hv)) / 2h,      G v ≈ Jᵀ (s(θ + hv) − s(θ − hv)) / 2h,
 
@@ -520,9 +505,9 @@ def check_products(
                 )
             worst = max(worst, gap)
             probed.append((name, block, uv[0], Cuv[0]))
-    # Products of BackPACK read what modules saw last: all are multiplied before the first evaluation.
-    for name, block, v, Cv in probed if evaluate else ():
-        _check_differences(name, block, v, Cv, evaluate)
+    if evaluate is not None:  # after all products, since BackPACK's read what modules saw last
+        for name, block, v, Cv in probed:
+            _check_differences(name, block, v, Cv, evaluate)
     return worst
 
 
@@ -536,15 +521,15 @@ def _check_differences(
     found: list[Tensor] = []
     for smaller in (1, 8, 64):
         found.append(_differences(block, v, h * size / smaller, evaluate))
-        error, length = float((Cv - found[-1]).norm()), float(found[-1].norm())
+        error, length = _norm(Cv - found[-1]), _norm(found[-1])
         if error <= 2 * h * length:
             return
-    doubts = [float((a - b).norm()) for a, b in zip(found, found[1:], strict=False)]
+    doubts = [_norm(a - b) for a, b in pairwise(found)]
     doubt, C = min(zip(doubts, found[1:], strict=True), key=lambda pair: pair[0])
-    error, length = float((Cv - C).norm()), float(C.norm())
+    error, length = _norm(Cv - C), _norm(C)
     if not error <= 2 * h * length + 3 * doubt:
         raise RuntimeError(
-            f"{name} is wrong: C v is {float(Cv.norm()):.4g} long, the central differences of "
+            f"{name} is wrong: C v is {_norm(Cv):.4g} long, the central differences of "
             f"evaluate() {length:.4g}, and they are {error:.4g} apart. Does evaluate() repeat the "
             "loss of the products, with their batch, mode and dropout, and return the loss alone "
             "for the Hessian, (loss, outputs) for the GGN? Then write the operation whose "
@@ -725,6 +710,11 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [z_i for z_i in z if z_i.requires_grad]
 
 
+def _norm(x: Tensor) -> float:
+    """‖x‖."""
+    return float(x.double().norm())
+
+
 def _dtype(block: Tensors) -> torch.dtype:
     """The dtype of all numbers of the block in one vector."""
     return reduce(torch.promote_types, [p.dtype for p in block])
@@ -743,19 +733,17 @@ def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push:
 
     def seen(block: Tensors) -> bool:
         g = [gradients[p].detach() for p in block]
-        norms = [g_p.double().norm() for g_p in g]
-        v = [(g_p / norm.clamp(min=1e-300)).to(g_p) for g_p, norm in zip(g, norms, strict=True)]
+        norms = [_norm(g_p) for g_p in g]
+        v = [g_p / (norm or 1.0) for g_p, norm in zip(g, norms, strict=True)]
         try:
             with _without_hooks(block), torch.no_grad():
                 w = push(block, v)
         except RuntimeError:
             return True  # the product will say why
-        gv = sum(float(norm) for norm in norms)
-        uw = sum(float((u_i.detach() * w_i).double().sum()) for u_i, w_i in zip(u, w, strict=True))
-        lengths = [
-            sum(float(x.detach().double().square().sum()) for x in xs) ** 0.5 for xs in (u, w)
-        ]
-        bound = SEEN * (gv + lengths[0] * lengths[1]) + rounding
+        pairs = [(u_i.detach().double(), w_i.double()) for u_i, w_i in zip(u, w, strict=True)]
+        gv, uw = sum(norms), sum(float((u_i * w_i).sum()) for u_i, w_i in pairs)
+        lengths = [math.hypot(*(_norm(x) for x in xs)) for xs in zip(*pairs, strict=True)]
+        bound = SEEN * (gv + math.prod(lengths)) + rounding
         return not abs(gv - uw) > bound  # NaN passes, since step() finds it
 
     if not seen(list(gradients)):
@@ -784,9 +772,9 @@ _NO_PARAMETER = (
     "Block {} must consist of parameters, but contains {}: use model.parameters() or layers(model)."
 )
 _NOT_FINITE = (
-    "The product has numbers that are not finite. A root has no second derivative at 0: in place of "
-    "x.norm(), or another root of something that may be 0, write (x.square().sum() + 1e-12).sqrt(). "
-    "If there is no root, numbers overflow."
+    "The product has numbers that are not finite. A root has no second derivative at 0: write "
+    "(x.square().sum() + 1e-12).sqrt() in place of x.norm(), and so for any other root. If there "
+    "is none, numbers overflow."
 )
 _UNSEEN = (
     "Autograd cannot see the curvature of {}: a gradient is computed outside of autograd, as by "
