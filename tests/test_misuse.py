@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.nn.functional import mse_loss
+from torch.nn.utils import parametrizations, prune
 from trials import AUTOGRAD, BACKPACK, LAYERS, MATRICES, reference, verdict
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian
+from cgn_tutorial.curvature import restrict
 
 PAGE = Path(__file__).parents[1] / "docs" / "misuse.rst"
 
@@ -393,7 +395,23 @@ def test_outputs_computed_from_one_another_raise(products):
         session.outputs = session.outputs, 2 * session.outputs
         return loss + mse_loss(session.outputs[1], Y)
 
-    session.refuses(ValueError, "Output 1, .* was computed from another one", loss)
+    session.refuses(ValueError, "Output 0, .* another output was computed from it", loss)
+
+
+@autograd_alone
+def test_outputs_in_a_dictionary_work(session):
+    loss = session.loss()
+    session.outputs = {"loss": loss, "logits": session.outputs, "cache": None}
+    session.backward(loss)
+    assert session.step() == 0.0
+
+
+@autograd_alone
+def test_outputs_and_loss_that_are_no_tensors_raise(session):
+    session.refuses(TypeError, "The loss must be a tensor", lambda: session.loss().item())
+    loss = session.loss()
+    session.outputs = ["logits"]
+    session.refuses(TypeError, "outputs must be .* there is str", lambda: loss)
 
 
 @both
@@ -404,10 +422,151 @@ def test_hook_on_a_parameter_acts_on_the_gradient_alone(session):
 
 
 @autograd_alone
+def test_hook_that_masks_the_gradient_raises(session):
+    session.model[0].weight.register_hook(lambda g: 0 * g)
+    session.refuses(RuntimeError, "A hook sets 1 entries .* restrict", session.loss)
+
+
+def two_weights(products: str) -> Session:
+    """A model of two weights, and a batch on which both matter."""
+    session = Session(products, nn.Linear(2, 1, bias=False), damping=0.1)
+    session.x = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+    return session
+
+
+@both
+def test_restricted_entries_stay(products):
+    session = two_weights(products)
+    session.backward(session.loss(session.x))
+    restrict(session.optimizer.bp_extension, {session.model[0].weight: torch.tensor([[1, 0]])})
+    session.step()
+    first, second = session.weights()
+    assert second == 1.0
+    assert first == pytest.approx(1 - 5 / 2.1, rel=1e-4)  # x₁ᵀ(x₁ + x₂) / (x₁ᵀx₁ + λ)
+
+
+@autograd_alone
+def test_pruned_entries_stay(products):
+    session = two_weights(products)
+    prune.custom_from_mask(session.model[0], "weight", torch.tensor([[1.0, 0.0]]))
+    session.backward(session.loss(session.x))
+    session.step()
+    first, second = session.weights()
+    assert second == 1.0
+    assert first == pytest.approx(1 - 2 / 2.1, rel=1e-4)  # x₁ᵀx₁ / (x₁ᵀx₁ + λ)
+
+
+@autograd_alone
 def test_hook_on_the_outputs_raises(session):
     loss = session.loss()
     session.outputs.register_hook(lambda g: g / 2)
     session.refuses(ValueError, "has a hook, which would act on products", lambda: loss)
+
+
+def weight_norm(products: str, matrix: str) -> Session:
+    return Session(products, parametrizations.weight_norm(nn.Linear(1, 1)), matrix=matrix)
+
+
+@autograd_alone
+def test_hessian_of_weight_norm_raises(products):
+    session = weight_norm(products, "Hessian")
+    session.refuses(RuntimeError, "cannot differentiate weight_norm twice", session.loss)
+
+
+@autograd_alone
+def test_ggn_of_weight_norm_works(products):
+    (case,) = (case for case in LAYERS if case.name == "`weight_norm`")
+    assert verdict(case, "GGN").right
+
+
+class NumPy(torch.autograd.Function):
+    """The third power, with a backward pass in NumPy, or none."""
+
+    @staticmethod
+    def forward(ctx, x, gradient=True):
+        ctx.save_for_backward(x)
+        ctx.gradient = gradient
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        dx = 3 * x.detach().numpy() ** 2 * g.detach().numpy()
+        return (torch.from_numpy(dx) if ctx.gradient else None), None
+
+
+class SparseWeight(nn.Linear):
+    """A layer whose weight is the values of a sparse matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.zeros(2, 1, dtype=torch.long)
+        weight = torch.sparse_coo_tensor(place, self.weight[0], (1, 1), check_invariants=False)
+        return torch.sparse.mm(weight, x.T).T
+
+
+class Cubed(nn.Linear):
+    """A layer behind which the third power is taken."""
+
+    gradient = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return NumPy.apply(super().forward(x), self.gradient)
+
+
+@autograd_alone
+@both_matrices
+@pytest.mark.parametrize("layer", [SparseWeight, Cubed])
+def test_gradient_computed_outside_of_autograd_raises(products, matrix, layer):
+    session = Session(products, layer(1, 1, bias=False), matrix=matrix)
+    session.refuses(RuntimeError, "Autograd cannot see the curvature", session.loss)
+
+
+@autograd_alone
+@both_matrices
+def test_custom_function_without_a_gradient_works(products, matrix):
+    behind = Cubed(1, 1, bias=False)
+    behind.gradient = False
+    session = Session(products, behind, nn.Linear(1, 1, bias=False), matrix=matrix)
+    session.backward()
+    product = getattr(behind.weight, session.optimizer.bp_extension.savefield)
+    assert product(torch.ones(1, 1)).item() == behind.weight.grad.item() == 0.0
+    del behind.weight.grad  # an undamped step on it would be 0 / 0
+    session.step()
+    assert session.weights() == [1.0, 0.0]
+
+
+@autograd_alone
+def test_hessian_of_a_norm_at_zero_raises(products):
+    session = Session(products, matrix="Hessian")
+    session.refuses(
+        RuntimeError,
+        "A root has no second derivative at 0.*1e-12",
+        lambda: session.loss() + (session.model[0].weight - 1).norm(),
+    )
+
+
+@autograd_alone
+@pytest.mark.parametrize("loss", [nn.CTCLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss])
+def test_loss_without_second_derivatives_raises(products, loss):
+    session = Session(products, nn.Linear(1, 2))
+    session.outputs = session.model(X)
+    if loss is nn.CTCLoss:
+        targets = torch.ones(1, 1).long(), torch.tensor([2]), torch.tensor([1])
+        number = loss()(session.outputs.log_softmax(1)[:, None], *targets)
+    else:
+        targets = torch.tensor([0, 1] if loss is nn.MultiMarginLoss else [[0, -1], [1, -1]])
+        number = loss()(session.outputs, targets)
+    session.refuses(RuntimeError, "twice: this is so for CTC.* Take another loss", lambda: number)
+
+
+@autograd_alone
+def test_several_dtypes_in_one_block_work(products):
+    below, above = nn.Linear(1, 1), nn.Linear(1, 1).double()
+    parameters = [*below.parameters(), *above.parameters()]
+    for block in (parameters, parameters[::-1]):
+        z = above(below(X).double())
+        (product,) = GGN([block]).backward(mse_loss(z, Y.double()), z)
+        assert product(torch.ones(1, 4).double()).dtype == torch.double
 
 
 @autograd_alone
@@ -499,6 +658,17 @@ def test_copy_at_any_time_works(session):
     assert session.step() == 0.0
     assert model[0].weight.item() == 1.0
     assert not hasattr(model[0].weight, "ggn_product")
+
+
+@autograd_alone
+def test_copy_of_a_model_and_its_curvature_works(session):
+    session.backward()
+    model, curvature = copy.deepcopy((session.model, session.optimizer.bp_extension))
+    assert session.step() == 0.0
+    z = model(X)
+    (product,) = curvature.backward(mse_loss(z, Y), z)
+    assert product.parameters == (model[0].weight,)
+    assert product(torch.ones(1, 1)).item() == 5.0
 
 
 @both

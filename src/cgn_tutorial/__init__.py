@@ -1,7 +1,15 @@
 """Matrix-free second-order optimization in PyTorch."""
 
 from cgn_tutorial.cgn import Block, CGNOptimizer, CGResult, Solve, cg
-from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
+from cgn_tutorial.curvature import (
+    GGN,
+    BlockProduct,
+    Curvature,
+    Hessian,
+    check_products,
+    layers,
+    restrict,
+)
 from cgn_tutorial.damping import LevenbergMarquardt
 from cgn_tutorial.parallel import Share, whole_batch
 
@@ -17,6 +25,8 @@ __all__ = [
     "Share",
     "Solve",
     "cg",
+    "check_products",
     "layers",
+    "restrict",
     "whole_batch",
 ]

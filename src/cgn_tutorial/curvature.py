@@ -15,22 +15,33 @@ Both take any model and loss that torch can differentiate twice. The file needs 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["GGN", "BlockProduct", "Curvature", "Hessian", "layers"]
+__all__ = [
+    "GGN",
+    "BlockProduct",
+    "Curvature",
+    "Hessian",
+    "check_products",
+    "layers",
+    "restrict",
+]
 
 Tensors = Sequence[Tensor]
 Push = Callable[[Tensor], Tensor]
 Multiply = Callable[[Tensors, Tensors], Tensors]  # (block, v) ↦ C v
+Outputs = Tensor | Tensors | Mapping[str, Any]
 
 
 def layers(model: nn.Module) -> list[list[Tensor]]:
@@ -68,31 +79,34 @@ class BlockProduct:
 
     parameters: tuple[Tensor, ...]
     _multiply: Multiply
+    _check: Callable[[Tensors], None] = lambda block: None
 
     @torch.no_grad()
     def __call__(self, v: Tensor) -> Tensor:
         """Multiply each of the V rows of v.
 
         Raises:
-            TypeError: v differs in dtype from the parameters.
+            TypeError: v does not have the dtype of the parameters, the widest where they differ.
             ValueError: v does not have shape `[V, n]`.
             RuntimeError: The graph has been changed or freed, or contains an operation that torch
-                cannot differentiate twice. The message names it, and the remedy.
+                cannot differentiate twice. The message names it, and the remedy. Or v is finite,
+                and the product is not.
         """
         sizes = [p.numel() for p in self.parameters]
         if v.ndim != 2 or v.shape[1] != sum(sizes):
             raise ValueError(f"v must have shape [V, {sum(sizes)}], but has {list(v.shape)}.")
-        if v.dtype != self.parameters[0].dtype:
-            raise TypeError(f"v must be {self.parameters[0].dtype}, like its block, not {v.dtype}.")
+        if v.dtype != (dtype := _dtype(self.parameters)):
+            raise TypeError(f"v must be {dtype}, like its block, not {v.dtype}.")
         Cv = torch.empty_like(v)
         for v_i, Cv_i in zip(v, Cv, strict=True):
-            parts = zip(v_i.split(sizes), self.parameters, strict=True)
             try:
                 with _without_hooks(self.parameters):
-                    products = self._multiply(self.parameters, [v.view_as(p) for v, p in parts])
+                    products = self._multiply(self.parameters, _parts(v_i, self.parameters))
             except RuntimeError as error:
                 raise RuntimeError(_explanation(str(error))) from error
             Cv_i.copy_(torch.cat([product.reshape(-1) for product in products]))
+        if not Cv.isfinite().all() and v.isfinite().all():
+            raise RuntimeError(_NOT_FINITE)
         return Cv
 
 
@@ -140,8 +154,9 @@ class Curvature:
                 owner[p] = i
         if not self.blocks:
             raise ValueError("There are no blocks: the iterator of parameters is empty or used up.")
+        self._checked = False
 
-    def backward(self, loss: Tensor, outputs: Tensor | Tensors = ()) -> list[BlockProduct]:
+    def backward(self, loss: Tensor, outputs: Outputs = ()) -> list[BlockProduct]:
         """Do what `loss.backward()` does, and leave each block's product on its parameters.
 
         As there, gradients are added to `.grad` of every leaf that the loss depends on, in a block
@@ -154,29 +169,29 @@ class Curvature:
         Products replace earlier ones. The graph lives as long as one of products, loss and outputs;
         the optimizer's `step()` lets go of the products.
 
+        The first call also checks, by one more pass, that autograd sees how the loss depends on the
+        parameters: with u from above and v along the gradient g, gᵀv must equal uᵀJv.
+
         Args:
             loss: The loss, a single number.
             outputs: The outputs z that it was computed from, one tensor of any shape or several,
-                none of which was computed from another. `GGN` needs them, `Hessian` does not.
+                none of which was computed from another. Of a mapping, the tensors that require a
+                gradient count. `GGN` needs outputs, `Hessian` does not.
 
         Returns:
             The products, one per block.
 
         Raises:
+            TypeError: The loss is not a tensor, or outputs are something else than tensors.
             ValueError: The loss is not a single number, or does not depend on any parameter of the
                 blocks. For `GGN`: it depends on something else than the outputs, or one of them on
                 another, or an output has a hook.
-            RuntimeError: A gradient is sparse, or torch.compile made a part of the graph.
+            RuntimeError: A gradient is sparse, or was computed outside autograd; or torch.compile
+                made a part of the graph, or an operation whose second derivative torch gets wrong.
+                Or a hook of a parameter set entries of its gradient to zero, see `restrict`; in
+                this case gradients were added, and there are no products.
         """
-        if loss.numel() != 1:
-            raise ValueError(f"The loss must be a single number, but has shape {list(loss.shape)}.")
-        if not loss.requires_grad:
-            raise ValueError(
-                "The loss depends on nothing that requires a gradient: was the model evaluated "
-                "under no_grad, or its output detached?"
-            )
-        z = (outputs,) if isinstance(outputs, Tensor) else outputs
-        gradients, multiply = self._differentiate(loss, [z_i for z_i in z if z_i.requires_grad])
+        gradients, multiply, u, push = self._differentiate(_number(loss), _tensors(outputs))
         blocks = [tuple(p for p in block if p in gradients) for block in self.blocks]
         if not any(blocks):
             raise ValueError(
@@ -189,20 +204,48 @@ class Curvature:
                     f"The gradient of a parameter of shape {list(p.shape)} is sparse, and torch "
                     "cannot differentiate it again: use a layer with sparse=False."
                 )
+        members = [p for block in blocks for p in block]
+        for p in members:  # each gradient is linear in u, so that it must depend on u
+            if not gradients[p].requires_grad and gradients[p].count_nonzero():
+                raise RuntimeError(_UNSEEN.format(f"a parameter of shape {list(p.shape)}"))
+
+        def check(block: Tensors) -> None:
+            _check_seen(loss, {p: gradients[p] for p in block}, u, push)
+
+        if not self._checked:
+            check(members)
+            self._checked = True
+        hooked = [p for p in members if p._backward_hooks or p._post_accumulate_grad_hooks]
+        before = [None if p.grad is None else p.grad.clone() for p in hooked]
         # Copies, since torch keeps as .grad what it is given, and the products need theirs.
         copies = [g.detach().clone() for g in gradients.values()]
         torch.autograd.backward(list(gradients), copies)
         for p in (p for block in self.blocks for p in block if hasattr(p, self.savefield)):
             delattr(p, self.savefield)
-        products = [BlockProduct(block, multiply) for block in blocks if block]
+        for p, old in zip(hooked, before, strict=True):
+            _check_hooks(p, gradients[p], old)
+        products = [BlockProduct(block, multiply, check) for block in blocks if block]
         for product in products:
             for p in product.parameters:
                 setattr(p, self.savefield, product)
         return products
 
-    def _differentiate(self, loss: Tensor, z: Tensors) -> tuple[dict[Tensor, Tensor], Multiply]:
-        """The gradient for each leaf, and the product for any block of leaves."""
+    def _differentiate(self, loss: Tensor, z: Tensors) -> _Derivatives:
+        """What a backward pass from the loss leaves."""
         raise NotImplementedError
+
+
+class _Derivatives(NamedTuple):
+    """Gradients Jᵀu of all leaves, and for any block of them the products with C and with J."""
+
+    gradients: dict[Tensor, Tensor]
+    multiply: Multiply
+    u: Tensors
+    push: Multiply
+
+
+# Of u^T J v, relative to the lengths: what half precision, as under autocast, may leave.
+SEEN = 0.05
 
 
 class GGN(Curvature):
@@ -240,9 +283,9 @@ class GGN(Curvature):
 
     savefield = "ggn_product"
 
-    def _differentiate(self, loss: Tensor, z: Tensors) -> tuple[dict[Tensor, Tensor], Multiply]:
+    def _differentiate(self, loss: Tensor, z: Tensors) -> _Derivatives:
         edges = [_edge(z_i) for z_i in z]
-        others, met = _leaves([_edge(loss)], edges)
+        others, met = _leaves([_edge(loss)], set(edges), stop=True)
         if not met:
             raise ValueError(
                 "The loss was not computed from these outputs: pass the very tensor that the loss "
@@ -253,18 +296,19 @@ class GGN(Curvature):
                 f"Besides the outputs, the loss depends on a leaf of shape {list(leaf.shape)}: "
                 "name it among the outputs, or use the optimizer's weight_decay for a penalty."
             )
+        leaves, met = _leaves(edges, set(edges), twice=False)
         for i, (z_i, edge) in enumerate(zip(z, edges, strict=True)):
-            if edge in edges[:i] or _leaves(edge[0].next_functions, edges)[1]:
+            if edge in met or edges.index(edge) < i:
                 raise ValueError(
-                    f"Output {i}, of shape {list(z_i.shape)}, was computed from another one, or is "
-                    "named twice: let the loss take a copy of that one, h.clone(), and name it."
+                    f"Output {i}, of shape {list(z_i.shape)}, is named twice, or another output "
+                    "was computed from it: let the loss take a copy of this one, h.clone(), and "
+                    "name the copy."
                 )
             if z_i._backward_hooks:
                 raise ValueError(
                     f"Output {i}, of shape {list(z_i.shape)}, has a hook, which would act on "
                     "products as well: register it on the parameters."
                 )
-        leaves, _ = _leaves(edges)
         points = [_points(p, users) for p, users in leaves.items()]
 
         s = _pullback([loss], z, [torch.ones_like(loss)], create_graph=True)
@@ -277,12 +321,14 @@ class GGN(Curvature):
             p: [(next(Jtu), push) for _, push in way] for p, way in zip(leaves, points, strict=True)
         }
 
-        def multiply(block: Tensors, v: Tensors) -> Tensors:
+        def push(block: Tensors, v: Tensors) -> Tensors:
             pairs = [(g, push(v_p)) for p, v_p in zip(block, v, strict=True) for g, push in ways[p]]
-            Jv = _pullback([g for g, _ in pairs], u, [t for _, t in pairs])
-            return _pullback(s, block, Jv)
+            return _pullback([g for g, _ in pairs], u, [t for _, t in pairs])
 
-        return gradients, multiply
+        def multiply(block: Tensors, v: Tensors) -> Tensors:
+            return _pullback(s, block, push(block, v))
+
+        return _Derivatives(gradients, multiply, u, push)
 
 
 class Hessian(Curvature):
@@ -301,16 +347,241 @@ class Hessian(Curvature):
 
     savefield = "hessian_product"
 
-    def _differentiate(self, loss: Tensor, z: Tensors) -> tuple[dict[Tensor, Tensor], Multiply]:
+    def _differentiate(self, loss: Tensor, z: Tensors) -> _Derivatives:
         leaves = list(_leaves([_edge(loss)])[0])
+        u = [torch.ones_like(loss, requires_grad=True)]
         with _without_hooks(leaves):
-            g = _pullback([loss], leaves, [torch.ones_like(loss)], create_graph=True)
+            g = _pullback([loss], leaves, u, create_graph=True)
         gradients = dict(zip(leaves, g, strict=True))
 
         def multiply(block: Tensors, v: Tensors) -> Tensors:
             return _pullback([gradients[p] for p in block], block, v)
 
-        return gradients, multiply
+        def push(block: Tensors, v: Tensors) -> Tensors:
+            return _pullback([gradients[p] for p in block], u, v)
+
+        return _Derivatives(gradients, multiply, u, push)
+
+
+def restrict(extension: Any, masks: Mapping[Tensor, Tensor]) -> None:
+    """Keep entries of parameters where they are: the next step is solved in those left.
+
+    With P = diag(mask), P g and P C P take the place of the gradient g and of the product with C.
+    The step is 0 where the mask is, and Newton's in the others. (A mask on the gradient alone does
+    not do that: C mixes the entries.) Call it after each backward pass, before `whole_batch` and
+    `step()`. A `weight_decay` still acts on all entries.
+
+    Args:
+        extension: What left the products: a `Curvature`, or an extension of BackPACK.
+        masks: For each parameter to restrict, a tensor of its shape: 1 to move, 0 to keep. One
+            without a gradient is passed over.
+
+    Raises:
+        ValueError: A mask has another shape, or other numbers than 0 and 1.
+        RuntimeError: A parameter has a gradient, but no product. Nothing has been changed.
+
+    Example:
+        >>> from cgn_tutorial.cgn import CGNOptimizer
+        >>> model = nn.Linear(3, 2)
+        >>> curvature = GGN([model.parameters()])
+        >>> optimizer = CGNOptimizer(model.parameters(), curvature)
+        >>> mask, before = torch.tensor([[1, 0, 1], [0, 1, 1]]), model.weight.detach().clone()
+        >>> z = model(torch.randn(8, 3))
+        >>> _ = curvature.backward(z.square().mean(), z)
+        >>> restrict(curvature, {model.weight: mask})
+        >>> optimizer.step()
+        >>> (model.weight == before).int()
+        tensor([[0, 1, 0],
+                [1, 0, 0]], dtype=torch.int32)
+    """
+    masks = {p: mask for p, mask in masks.items() if p.grad is not None}
+    for p, mask in masks.items():
+        if mask.shape != p.shape or not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(
+                f"A mask for a parameter of shape {list(p.shape)} must have this shape and consist "
+                f"of 0 and 1, but has shape {list(mask.shape)} and {mask.unique().tolist()[:4]}."
+            )
+        if not hasattr(p, extension.savefield):
+            raise RuntimeError(
+                f"A parameter of shape {list(p.shape)} has a gradient, but no curvature product "
+                f".{extension.savefield} to restrict: call restrict() between the backward pass "
+                "and step()."
+            )
+    for p, mask in masks.items():
+        product = getattr(p, extension.savefield)
+        members = getattr(product, "parameters", None)
+        P = mask.to(p.dtype)
+        if members is not None:
+            parts = [P if q is p else torch.ones_like(q) for q in members]
+            P = torch.cat([part.detach().reshape(-1) for part in parts])
+        restricted = partial(lambda v, product, P: P * product(P * v), product=product, P=P)
+        if members is not None:
+            restricted.__dict__["parameters"] = members
+        for q in members or [p]:
+            setattr(q, extension.savefield, restricted)
+        if p.grad is not None:
+            p.grad.mul_(mask)
+
+
+def check_products(
+    products: Iterable[Any],
+    *,
+    positive: bool = False,
+    probes: int = 3,
+    evaluate: Callable[[], Any] | None = None,
+) -> float:
+    """Check that curvature products are what they should be, before `step()`.
+
+    For random vectors u and v, a symmetric C has uᵀCv = vᵀCu, and a positive semi-definite one
+    uᵀCu ≥ 0. A product that fails either is wrong; one that passes may be wrong in other ways. With
+    `evaluate`, C v is also held against central differences, which need first derivatives only, and
+    which find any wrong product,
+
+        H v ≈ (g(θ + hv) − g(θ − hv)) / 2h,      G v ≈ Jᵀ (s(θ + hv) − s(θ − hv)) / 2h,
+
+    with the gradient g and s = ∂ℓ/∂z. Worth a call for each new model, loss or extension: torch
+    itself has second derivatives that fail. Nothing is changed: parameters and buffers of modules
+    are as before, bit for bit, and so is the global random generator of torch.
+
+    Args:
+        products: Products over blocks, what `curvature.backward` returns, or `optimizer.blocks()`.
+        positive: Whether C must be positive semi-definite, as the GGN of a convex loss is.
+        probes: Pairs of vectors per block, each of two products.
+        evaluate: Computes the loss of the products again: the same batch and mode, and the same
+            dropout, by a seed of its own. If it returns the loss alone, the products must be those
+            of the Hessian; if it returns `(loss, outputs)`, those of the GGN.
+
+    Returns:
+        The largest `|uᵀCv − vᵀCu|` found, relative to the mean of ‖Cu‖ and ‖Cv‖.
+
+    Raises:
+        TypeError: A product does not name its parameters.
+        ValueError: There are no products.
+        RuntimeError: A product is not symmetric, or not positive, to half of the dtype's digits; or
+            it differs from the differences by more than twice the third root of the dtype's epsilon
+            (1 % in float32, 10⁻⁵ in float64) of their length, and by more than three times what
+            differences with other h differ. The message names the parameters.
+
+    Note:
+        Differences are sharp in float64 on smooth models. The gradient of a model with kinks, as of
+        ReLU, jumps: for its Hessian, in float32 above all, they may differ too much to tell.
+    """
+    products = list(products)
+    if not products:
+        raise ValueError("There are no products to check: call this between backward and step().")
+    probed: list[tuple[str, Tensors, Tensor, Tensor]] = []
+    worst = 0.0
+    for product in products:
+        if not hasattr(product, "parameters"):
+            raise TypeError(
+                f"A product must name its parameters, but {type(product).__name__} does not: for "
+                "products of BackPACK, check optimizer.blocks()."
+            )
+        block = product.parameters
+        shapes = [f"a parameter of shape {list(p.shape)}" for p in block]
+        name = f"The curvature product of {', '.join(getattr(product, 'names', shapes))}"
+        if isinstance(product, BlockProduct):
+            product._check(block)
+        dtype, device = _dtype(block), block[0].device
+        tolerance = torch.finfo(dtype).eps ** 0.5
+        random = torch.Generator(device).manual_seed(0)
+        for _ in range(probes):
+            n = sum(p.numel() for p in block)
+            uv = torch.randn(2, n, generator=random, device=device, dtype=dtype)
+            Cuv = product(uv)
+            (uCu, uCv), (vCu, _) = (uv @ Cuv.T).tolist()
+            size = float(Cuv.norm(dim=1).mean())
+            gap = abs(uCv - vCu) / size if size else 0.0
+            if not gap <= tolerance:
+                raise RuntimeError(
+                    f"{name} is not symmetric: uᵀCv = {uCv:.6g}, but vᵀCu = {vCu:.6g}. It is no "
+                    "curvature; for Hessians, write the operation whose second derivative is at "
+                    "fault in elementary ones."
+                )
+            if positive and uCu < -tolerance * size:
+                raise RuntimeError(
+                    f"{name} is not positive semi-definite: uᵀCu = {uCu:.6g}. Is the loss convex "
+                    "in the outputs?"
+                )
+            worst = max(worst, gap)
+            probed.append((name, block, uv[0], Cuv[0]))
+    if evaluate is not None:  # after all products, since BackPACK's read what modules saw last
+        for name, block, v, Cv in probed:
+            _check_differences(name, block, v, Cv, evaluate)
+    return worst
+
+
+def _check_differences(
+    name: str, block: Tensors, v: Tensor, Cv: Tensor, evaluate: Callable[[], Any]
+) -> None:
+    """Raise unless the product C v agrees with central differences."""
+    h = torch.finfo(v.dtype).eps ** (1 / 3)
+    x = torch.cat([p.detach().reshape(-1) for p in block])
+    size = max(float(x.double().square().mean()) ** 0.5, 0.01)  # of a typical number
+    found: list[Tensor] = []
+    for smaller in (1, 8, 64):
+        found.append(_differences(block, v, h * size / smaller, evaluate))
+        error, length = _norm(Cv - found[-1]), _norm(found[-1])
+        if error <= 2 * h * length:
+            return
+    doubts = [_norm(a - b) for a, b in pairwise(found)]
+    doubt, C = min(zip(doubts, found[1:], strict=True), key=lambda pair: pair[0])
+    error, length = _norm(Cv - C), _norm(C)
+    if not error <= 2 * h * length + 3 * doubt:
+        raise RuntimeError(
+            f"{name} is wrong: C v is {_norm(Cv):.4g} long, the central differences of "
+            f"evaluate() {length:.4g}, and they are {error:.4g} apart. Does evaluate() repeat the "
+            "loss of the products, with their batch, mode and dropout, and return the loss alone "
+            "for the Hessian, (loss, outputs) for the GGN? Then write the operation whose "
+            "derivative is at fault in elementary ones."
+        )
+
+
+def _differences(block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any]) -> Tensor:
+    """The product C v by central differences of first derivatives."""
+    start = [p.detach().clone() for p in block]
+    slopes: list[list[Tensor]] = []
+    try:
+        for t in (h, -h, 0.0):  # the last for J, and to leave in modules what they saw before
+            for p, x, v_p in zip(block, start, _parts(v, block), strict=True):
+                p.data.copy_(x + t * v_p)  # .data, since the products go on to serve
+            with _undisturbed(block), torch.enable_grad():
+                result = evaluate()
+                loss, z = result if isinstance(result, tuple) else (result, None)
+                y = block if z is None else _tensors(z)
+                with _without_hooks(block):
+                    slopes.append(_pullback([_number(loss)], y, [torch.ones_like(loss)]))
+    finally:
+        for p, x in zip(block, start, strict=True):
+            p.data.copy_(x)
+    Cv = [(above - below) / (2 * h) for above, below, _ in zip(*slopes, strict=True)]
+    if z is not None:
+        with _without_hooks(block):
+            Cv = _pullback(y, block, Cv)
+    return torch.cat([Cv_p.reshape(-1).to(v.dtype) for Cv_p in Cv])
+
+
+@contextmanager
+def _undisturbed(block: Tensors) -> Iterator[None]:
+    """Put back the buffers of all modules that run, and the global random generators."""
+    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, _: Any) -> None:
+        for m in module.modules():
+            for name, b in m._buffers.items():
+                if b is not None:
+                    kept.setdefault((m, name), (b, b.clone()))
+
+    hook = nn.modules.module.register_module_forward_pre_hook(keep)
+    devices = {p.device for p in block if p.is_cuda}
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        hook.remove()
+        for (module, name), (b, value) in kept.items():
+            b.data.copy_(value)
+            module._buffers[name] = b
 
 
 def _pullback(y: Tensors, x: Sequence[Any], v: Tensors, create_graph: bool = False) -> list[Tensor]:
@@ -323,7 +594,10 @@ def _pullback(y: Tensors, x: Sequence[Any], v: Tensors, create_graph: bool = Fal
             ys, x, vs, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
     return [
-        product if product is not None else torch.zeros_like(x_i)
+        # For an edge of the graph, any zero will do: no pass goes through a constant.
+        (torch.zeros_like(x_i) if isinstance(x_i, Tensor) else torch.zeros(()))
+        if product is None
+        else product
         for product, x_i in zip(products, x, strict=True)
     ]
 
@@ -352,26 +626,34 @@ def _edge(y: Tensor) -> Edge:
 
 
 def _leaves(
-    starts: Iterable[Edge], stop: Sequence[Edge] = ()
-) -> tuple[dict[Tensor, list[Edge]], bool]:
-    """The leaves that are reached other than through `stop`, their users, and if `stop` was met."""
+    starts: Iterable[Edge],
+    outputs: Collection[Edge] = (),
+    *,
+    stop: bool = False,
+    twice: bool = True,
+) -> tuple[dict[Tensor, list[Edge]], set[Edge]]:
+    """The leaves that are reached, their users, and which outputs were met on the way.
+
+    With `stop`, ways end at the outputs. Operations are refused whose derivative is wrong, by the
+    gradient that comes in, or, if they are differentiated `twice`, by what they saved.
+    """
     todo: list[tuple[Edge, Edge]] = [(edge, (None, 0)) for edge in starts]
     leaves: dict[Tensor, list[Edge]] = {}
+    met: set[Edge] = set()
     seen = {None}
-    met = False
     while todo:
         edge, user = todo.pop()
         node = edge[0]
-        if edge in stop:
-            met = True
-        elif type(node).__name__ == "AccumulateGrad":
+        if edge in outputs and (stop or user[0] is not None):
+            met.add(edge)
+            if stop:
+                continue
+        if type(node).__name__ == "AccumulateGrad":
             leaves.setdefault(node.variable, []).append(user)
         elif node not in seen:
-            if node.name() == "CompiledFunctionBackward":  # some give zero in place of an error
-                raise RuntimeError(
-                    "Torch cannot differentiate what torch.compile made twice: use the model and "
-                    "the loss that were not compiled."
-                )
+            name = node.name()
+            if remedy := _WRONG.get(name) or (twice and _WRONG_TWICE.get(name)):
+                raise RuntimeError(f"Torch cannot differentiate {remedy}.")
             seen.add(node)
             todo += [(inner, (node, i)) for i, inner in enumerate(node.next_functions)]
     return leaves, met
@@ -397,15 +679,125 @@ def _convolve(node: Any, v: Tensor) -> Tensor:
     return torch.convolution(node._saved_input, v, None, *options)
 
 
+def _number(loss: Any) -> Tensor:
+    """The loss, after checking that it is a number with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"The loss must be a tensor, not {type(loss).__name__}: pass it with its graph, not "
+            "loss.item()."
+        )
+    if loss.numel() != 1:
+        raise ValueError(f"The loss must be a single number, but has shape {list(loss.shape)}.")
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss depends on nothing that requires a gradient: was the model evaluated "
+            "under no_grad, or its output detached?"
+        )
+    return loss
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The outputs that require a gradient."""
+    if isinstance(outputs, Mapping):
+        outputs = [z for z in outputs.values() if isinstance(z, Tensor) and z.ndim]
+    z = [outputs] if isinstance(outputs, Tensor) else outputs
+    wrong = [z] if not isinstance(z, Iterable) else [x for x in z if not isinstance(x, Tensor)]
+    for x in wrong:
+        raise TypeError(
+            "The outputs must be a tensor, several, or a mapping of names to tensors, but there is "
+            f"{type(x).__name__}: pass the very tensors that the loss took, such as outputs.logits."
+        )
+    return [z_i for z_i in z if z_i.requires_grad]
+
+
+def _norm(x: Tensor) -> float:
+    """‖x‖."""
+    return float(x.double().norm())
+
+
+def _dtype(block: Tensors) -> torch.dtype:
+    """The dtype of all numbers of the block in one vector."""
+    return reduce(torch.promote_types, [p.dtype for p in block])
+
+
+def _parts(v: Tensor, block: Tensors) -> list[Tensor]:
+    """The n numbers v in the shapes and dtypes of the block, with memory of their own."""
+    # torch.view_as_complex, for one, refuses a view with an odd offset.
+    parts = zip(v.split([p.numel() for p in block]), block, strict=True)
+    return [part.view_as(p).to(p.dtype, copy=True) for part, p in parts]
+
+
+def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply) -> None:
+    """Raise if uᵀJv is not gᵀv, for the v along each gradient g, of length 1."""
+    rounding = torch.finfo(loss.dtype).eps ** 0.5 * abs(float(loss.detach()))
+
+    def seen(block: Tensors) -> bool:
+        g = [gradients[p].detach() for p in block]
+        norms = [_norm(g_p) for g_p in g]
+        v = [g_p / (norm or 1.0) for g_p, norm in zip(g, norms, strict=True)]
+        try:
+            with _without_hooks(block), torch.no_grad():
+                w = push(block, v)
+        except RuntimeError:
+            return True  # the product will say why
+        pairs = [(u_i.detach().double(), w_i.double()) for u_i, w_i in zip(u, w, strict=True)]
+        gv, uw = sum(norms), sum(float((u_i * w_i).sum()) for u_i, w_i in pairs)
+        lengths = [math.hypot(*(_norm(x) for x in xs)) for xs in zip(*pairs, strict=True)]
+        bound = SEEN * (gv + math.prod(lengths)) + rounding
+        return not abs(gv - uw) > bound  # NaN passes, since step() finds it
+
+    if not seen(list(gradients)):
+        faulty = [p for p in gradients if not seen([p])] or gradients
+        shapes = " and ".join(str(list(p.shape)) for p in faulty)
+        raise RuntimeError(_UNSEEN.format(f"parameters of shape {shapes}"))
+
+
+def _check_hooks(p: Tensor, g: Tensor, old: Tensor | None) -> None:
+    """Raise if hooks of p have set entries of its gradient g, added to an old one, to zero."""
+    if p.grad is None:
+        return
+    # Not below the normal numbers, where dividing a gradient makes zeros, too.
+    masked = (g.abs() > torch.finfo(g.dtype).tiny) & (p.grad == 0)
+    count = int((masked if old is None else masked & (old == 0)).sum())
+    if count:
+        raise RuntimeError(
+            f"A hook sets {count} entries of the gradient of a parameter of shape {list(p.shape)} "
+            "to zero, but a Newton step moves them all the same, since curvature mixes entries. "
+            "Remove the hook and call restrict(curvature, {p: mask}) after backward(), or use "
+            "torch.nn.utils.prune; for a whole parameter, p.requires_grad_(False)."
+        )
+
+
 _NO_PARAMETER = (
     "Block {} must consist of parameters, but contains {}: use model.parameters() or layers(model)."
 )
+_NOT_FINITE = (
+    "The product has numbers that are not finite. A root has no second derivative at 0: write "
+    "(x.square().sum() + 1e-12).sqrt() in place of x.norm(), and so for any other root. If there "
+    "is none, numbers overflow."
+)
+_UNSEEN = (
+    "Autograd cannot see the curvature of {}: a gradient is computed outside of autograd, as by "
+    "NumPy in a custom autograd.Function, by detach() in its backward, or by sparse_coo_tensor of "
+    "trained values. Write the operation in torch, a sparse matrix by index_put or to_dense."
+)
+_WRONG = {  # its second derivative is zero at times, in place of an error
+    "CompiledFunctionBackward": "what torch.compile made twice: use the model and the loss that "
+    "were not compiled",
+}
+_WRONG_TWICE = {
+    "WeightNormInterfaceBackward0": "weight_norm twice, though it does: the result is not even "
+    "symmetric. Take the GGN, or write the weight out, g * v / v.norm()",
+}
 _TWICE = "torch cannot differentiate {} twice: "
 _EXPLANATIONS = {
     r"derivative for '?([\w:]*attention\w*)'? is not implemented": _TWICE
     + "evaluate the model within torch.nn.attention.sdpa_kernel(SDPBackend.MATH).",
     r"derivative for '?([\w:]*cudnn_rnn\w*)'? is not implemented": _TWICE
     + "evaluate the model within torch.backends.cudnn.flags(enabled=False).",
+    r"derivative for '?([\w:]*(?:ctc|margin)_loss\w*)'? is not implemented": _TWICE
+    + "this is so for CTC, multi_margin_loss and multilabel_margin_loss. Take another loss, or "
+    "write this one out, as CTC's recursion in torch.logsumexp.",
     r"derivative for '?([\w:]+)'? is not implemented": _TWICE
     + "write it in terms of operations that it can.",
     r"modified by an (inplace operation)": "a tensor of the graph was changed by an {} after "

@@ -52,6 +52,7 @@ REMEDIES = {
     "scaled_dot_product_flash_attention": "Evaluate the model within "
     "`sdpa_kernel(SDPBackend.MATH)`, as :doc:`page 5 </auto_examples/plot_5_any_architecture>`.",
     "_embedding_bag_backward": "Use `nn.Embedding`, and a mean.",
+    "cannot differentiate weight_norm": "Take the GGN, or write it out, `g * v / v.norm()`.",
     "multi_margin_loss_backward": "Write the loss in other operations, or take another one.",
 }
 
