@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import doctest
 import itertools
 import math
@@ -185,21 +184,3 @@ def test_each_symptom_of_the_page_has_its_test():
     tests = re.findall(r"^     - `(test_\w+)`$", page, re.MULTILINE)
     assert len(tests) == 6
     assert set(tests) <= globals().keys()
-
-
-# The numbers of the table.
-
-
-def test_the_table_of_loops_says_what_the_page_does():
-    with (GUIDES.parent / "bench" / "loops.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for name in ("images", "table", "text"):
-        loss = {
-            row["trained with"]: float(row["loss"].split()[0])
-            for row in rows
-            if row["loop"].startswith(name)
-        }
-        newton = loss["CGN"]
-        assert newton < min(loss["SGD"], loss["Adam"])
-        assert loss["Adam, in the time of CGN"] < newton
-        assert (loss["SGD, in the time of CGN"] < newton) == (name != "table")
