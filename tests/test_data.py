@@ -57,6 +57,13 @@ def test_a_root_in_torchvisions_layout_gives_the_same_data(root):
         assert torch.equal(ours, theirs)
 
 
+def test_a_root_may_begin_with_a_tilde(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.setenv("USERPROFILE", str(root.parent))  # Windows
+    images = load_mnist(False, f"~/{root.name}").tensors[0]
+    assert torch.equal(images, load_mnist(False).tensors[0])
+
+
 def test_unzipped_files_are_read_too(root):
     zipped = root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
     zipped.with_suffix("").write_bytes(gzip.decompress(zipped.read_bytes()))

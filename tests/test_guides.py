@@ -87,7 +87,7 @@ def fits(**options):
     """The losses and the reasons of all solves, for each seed."""
     runs = [fit(seed, **options) for seed in SEEDS]
     return [
-        (losses, Counter(solve.reason for of_step in solves for solve in of_step))
+        (losses, Counter(solve.reason for of_step in solves for solve in of_step.values()))
         for losses, solves in runs
     ]
 
@@ -149,7 +149,7 @@ def test_most_solves_stop_at_negative_curvature():
                 loss = cross_entropy(outputs, labels[batch])
                 curvature.backward(loss, outputs)
                 optimizer.step()
-                reasons.update(solve.reason for solve in optimizer.solves)
+                reasons.update(solve.reason for solve in optimizer.solves.values())
             found[kind] = reasons, loss.item()
         reasons, loss = found[Hessian]
         assert reasons["negative curvature"] > 0.5 * reasons.total()

@@ -283,9 +283,12 @@ def cg_by_progress(
     k = max(10, i / 10). A row of the table needs it, and nothing else does: so it is not in the
     package. From a start that is not zero it costs one product more, one in some forty.
     """
-    x0 = torch.zeros_like(b) if x0 is None else x0
-    r0 = b - A(x0) if x0.any() else b
-    models = [-(x0 * (b + r0)).sum().item() / 2]
+    x0, r0, models = torch.zeros_like(b) if x0 is None else x0, b, [0.0]
+    if x0.any():
+        r0 = b - A(x0)
+        models = [-(x0 * (b + r0)).sum().item() / 2]
+    if models[0] > 0:  # as the optimizer does
+        x0, r0, models = torch.zeros_like(b), b, [0.0]
 
     def hardly_falls(x: Tensor) -> bool:
         # The residual at x is orthogonal to x − x0, so that the model needs no product.

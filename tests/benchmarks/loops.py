@@ -117,7 +117,7 @@ def draw_diagnostics() -> Figure:
     for column, (title, options) in zip(axes.T, RUNS.items(), strict=True):
         losses, solves = fit(0, **options)
         for step, of_step in enumerate(solves):
-            for ax, solve in zip(column[1:], of_step, strict=True):
+            for ax, solve in zip(column[1:], of_step.values(), strict=True):
                 ax.bar(step, solve.products, color=COLORS[SHADES[solve.reason]], width=0.9)
         column[0].semilogy(losses, color="black")
         column[0].set_title(title)

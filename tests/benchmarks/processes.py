@@ -22,7 +22,7 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
-from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial import GGN, CGNOptimizer, layers, whole_batch
 from cgn_tutorial.pages import load_mnist, make_model
 from cgn_tutorial.pages.plotting import COLORS
 
@@ -50,15 +50,16 @@ class Step:
             maxiter=MAXITER,
             tol=0.0,
             atol=0.0,
-            process_group=group,
         )
+        self.group = group
 
     def __call__(self) -> None:
         """Take it."""
         self.optimizer.zero_grad()
         outputs = self.model(self.inputs)
         self.curvature.backward(cross_entropy(outputs, self.targets), outputs)
-        self.optimizer.step(batch_size=len(self.inputs))
+        whole_batch(self.optimizer, len(self.inputs), self.group)
+        self.optimizer.step()
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def bench_resnet(quick: bool) -> list[Row]:
 
     (gradients,) = in_turns({"": gradient}, 5).values()
     duration = seconds(step)
-    products = sum(solve.products for solve in optimizer.solves)
+    products = sum(solve.products for solve in optimizer.solves.values())
     gradient_memory = peak_memory(gradient)
     optimizer.param_groups[0]["maxiter"] = 1  # the first iteration needs what all of them need
     return [

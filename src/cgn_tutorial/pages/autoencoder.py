@@ -85,6 +85,10 @@ def train_autoencoder(
         loss = nn.functional.binary_cross_entropy_with_logits(outputs, pixels, reduction="sum")
         return loss / len(pixels)
 
+    @torch.no_grad()
+    def value(pixels: Tensor) -> float:
+        return evaluate(pixels).item()
+
     def update(pixels: Tensor, others: Tensor) -> None:
         model.zero_grad()
         outputs = model(pixels)
@@ -96,11 +100,9 @@ def train_autoencoder(
         if adaptive is None:
             optimizer.step()
         elif adapt_to == "the same batch":
-            adaptive.step(loss, lambda: evaluate(pixels))
+            adaptive.step(loss.item(), lambda: value(pixels))
         else:
-            with torch.no_grad():
-                before = evaluate(others)
-            adaptive.step(before, lambda: evaluate(others))
+            adaptive.step(value(others), lambda: value(others))
 
     batches = (_pixels(images) for images, _ in draw_batches(batch_size, seed))
     found: list[Reconstruction] = []
