@@ -29,5 +29,5 @@ def test_on_another_batch_damping_adapts_otherwise():
 
 
 def test_what_damping_cannot_adapt_to_is_refused():
-    with pytest.raises(ValueError, match="adapt_to must be .* but is 'a batch'"):
+    with pytest.raises(ValueError, match=r"adapt_to must be .* but is 'a batch'"):
         train_autoencoder(0, adapt_to="a batch", steps=1)

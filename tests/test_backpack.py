@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "_ext"))
 
 import trials
 
+pytestmark = pytest.mark.versions
+
 IMAGES, CLASSES = 2, 3
 MODIFICATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda residual: residual,

@@ -11,6 +11,8 @@ import torch
 from cgn_tutorial.pages import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD
 
+pytestmark = pytest.mark.versions
+
 BUNDLED = resources.files("cgn_tutorial.pages") / "mnist"
 
 

@@ -14,6 +14,8 @@ from cgn_tutorial import CGNOptimizer
 from cgn_tutorial.pages import accuracy, load_published_run, make_model, mnist_loader, train
 from cgn_tutorial.pages.training import HARMLESS
 
+pytestmark = pytest.mark.versions
+
 PUBLISHED = load_published_run()
 SOLVER = dict(PUBLISHED["config"])
 SEED, BATCH_SIZE = SOLVER.pop("seed"), SOLVER.pop("batch_size")
