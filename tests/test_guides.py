@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import RATES, runs
+from loops import RATES, load, load_once, runs
 from torch.nn.functional import cross_entropy
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian, layers
-from cgn_tutorial.pages import load_mnist, make_model
+from cgn_tutorial.pages import make_model
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 SEEDS = range(3)
@@ -36,13 +36,9 @@ def test_the_examples_of_a_guide_run(page, monkeypatch):
 # The loops.
 
 
-def loop(name):
-    return runpy.run_path(str(GUIDES / "loops" / f"{name}.py"))["train"]
-
-
 @pytest.mark.parametrize("name", ["images", "table", "text"])
 def test_newton_steps_end_lower_than_as_many_of_sgd_at_its_best_rate(name):
-    plain, newton = loop(name), loop(f"{name}_cgn")
+    plain, newton = load(name), load(f"{name}_cgn")
     by_rate = {rate: [plain(rate, seed=seed) for seed in SEEDS] for rate in RATES["SGD"]}
     best = min(statistics.median(losses) for losses in by_rate.values() if max(losses) < math.inf)
     assert statistics.median(newton(seed=seed) for seed in SEEDS) < 0.95 * best
@@ -53,13 +49,13 @@ def test_newton_steps_end_lower_than_as_many_of_sgd_at_its_best_rate(name):
 @pytest.mark.parametrize("name", ["images", "table_cgn", "table_backpack"])
 def test_the_time_of_a_loop_is_that_of_its_steps(name, monkeypatch):
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
-    losses, took = runs(loop(name), 5, SEEDS, lr=0.1)
-    assert losses == [loop(name)(steps=5, seed=seed, lr=0.1) for seed in SEEDS]
+    losses, took = runs(load(name), 5, SEEDS, lr=0.1)
+    assert losses == [load(name)(steps=5, seed=seed, lr=0.1) for seed in SEEDS]
     assert took == 5
 
 
 def test_products_of_backpack_end_as_low_as_those_of_autograd():
-    backpack, autograd = loop("table_backpack"), loop("table_cgn")
+    backpack, autograd = load("table_backpack"), load("table_cgn")
     losses = [
         statistics.median(train(seed=seed) for seed in SEEDS) for train in (backpack, autograd)
     ]
@@ -132,7 +128,7 @@ def test_all_solves_hit_the_budget():
 
 
 def test_most_solves_stop_at_negative_curvature():
-    images, labels = load_mnist().tensors
+    images, labels = load_once().tensors
     for seed in SEEDS:
         found = {}
         for kind in (Hessian, GGN):

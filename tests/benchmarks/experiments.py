@@ -37,6 +37,7 @@ from cgn_tutorial.pages.races import Setting, race, step_rates
 ROOT = Path(__file__).parents[2]
 GOALS = (0.90, 0.95, 0.97)
 SEEDS = range(5)
+QUICK_SECONDS = 0.01  # a step and a test
 TUNING_SEEDS = (100, 101)  # others, so that no setting is chosen for the batches it is shown on
 
 
@@ -246,13 +247,13 @@ def rounded(tests: Iterable[Sequence[float]]) -> list[list[float]]:
     return [[float(f"{number:.4g}") for number in test] for test in tests]
 
 
-def ablation(seed: int) -> dict[str, list[float]]:
+def ablation(seed: int, steps: int, rates_steps: int) -> dict[str, list[float]]:
     """The losses of each way, and of SGD with one rate, and with a rate per parameter."""
-    runs = race(list(ABLATION.values()), seed, steps=ABLATION_STEPS)
+    runs = race(list(ABLATION.values()), seed, steps=steps)
     found = dict(zip(ABLATION, (run.losses for run in runs), strict=True))
     rates: dict[str, Any] = {f"SGD, rate {rate:g}": rate for rate in RATES}
-    rates["SGD, a rate per parameter"] = step_rates(ABLATION["GGN"], seed)
-    runs = race([Setting("SGD", {"lr": lr}) for lr in rates.values()], seed, steps=RATES_STEPS)
+    rates["SGD, a rate per parameter"] = step_rates(ABLATION["GGN"], seed, min(steps, 15))
+    runs = race([Setting("SGD", {"lr": lr}) for lr in rates.values()], seed, steps=rates_steps)
     found |= zip(rates, (run.losses for run in runs), strict=True)
     return {label: [round(loss, 4) for loss in losses] for label, losses in found.items()}
 
@@ -306,7 +307,7 @@ def tuning_jobs(quick: bool) -> Iterator[Job]:
         for seed in workload.tuning_seeds[: 1 if quick else None]:
             for way, settings in workload.ways.items():
                 chosen = settings[: 1 if quick else None]
-                seconds = 0.2 if quick else workload.seconds
+                seconds = QUICK_SECONDS if quick else workload.seconds
                 weight = 2 * seconds * len(chosen)
                 arguments = (chosen, seed, seconds)
                 yield Job(f"tune {name} {way} {seed}", weight, settings_race, arguments)
@@ -352,7 +353,7 @@ def final_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
     """Races of what is best, from the seeds that are shown."""
     for name, workload in WORKLOADS.items():
         settings = finalists(found, name, quick)
-        seconds = 0.2 if quick else workload.seconds
+        seconds = QUICK_SECONDS if quick else workload.seconds
         for seed in SEEDS[: 1 if quick else None]:
             weight = 2 * seconds * len(settings)
             if settings:
@@ -364,10 +365,11 @@ def other_jobs(quick: bool) -> Iterator[Job]:
     seeds = SEEDS[: 1 if quick else None]
     for seed in seeds[: 1 if quick else 3]:
         for label in AUTOENCODER:
-            seconds = 0.2 if quick else 16.0
+            seconds = QUICK_SECONDS if quick else 16.0
             yield Job(f"autoencoder {label} {seed}", seconds, autoencoder, (label, seed, seconds))
     for seed in seeds:
-        yield Job(f"ablation {seed}", 25.0, ablation, (seed,))
+        steps = (2, 2) if quick else (ABLATION_STEPS, RATES_STEPS)
+        yield Job(f"ablation {seed}", 25.0, ablation, (seed, *steps))
     cells = product(MAP_DAMPING, MAP_BUDGET, MAP_LENGTHS, SEEDS[:2])
     for damping, budget, length, seed in list(cells)[: 1 if quick else None]:
         arguments = (damping, budget, length, seed)
@@ -493,7 +495,7 @@ def ablation_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row], 
     table = []
     figure, axes = plt.subplots(3, 4, figsize=(7.5, 5.6), sharey=True, layout="constrained")
     for ax, label in zip(axes.flat, runs[0], strict=True):
-        late = [statistics.mean(run[label][41:51]) for run in runs]
+        late = [statistics.mean(run[label][:ABLATION_STEPS][-10:]) for run in runs]
         end = [statistics.mean(run[label][-10:]) for run in runs]
         row = {"Way": label, "Mean loss of steps 41 to 50": summary(late)}
         if len(runs[0][label]) > ABLATION_STEPS:
