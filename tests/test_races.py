@@ -190,6 +190,6 @@ def test_the_warning_of_backpacks_hooks_is_kept_back_and_others_are_not():
 
 
 def test_models_can_be_made_with_relu():
-    kinds = {type(module) for module in Run(Setting("SGD", {"lr": 1}, activation="ReLU"), 0)._model}
+    kinds = {type(module) for module in Run(Setting("SGD", {"lr": 1}, activation="ReLU"), 0).model}
     assert nn.ReLU in kinds
     assert nn.Sigmoid not in kinds

@@ -248,11 +248,12 @@ class Run:
         self.failed = not math.isfinite(self.losses[-1])
         self._recent += (accuracy(outputs, targets) - self._recent) / 2
         if len(self.losses) % 8 == 1:  # what one gradient costs
-            begin = clock()
-            torch.autograd.grad(
-                self._loss_function(self.model(inputs), targets), list(self.model.parameters())
-            )
-            self._gradient_seconds.append(clock() - begin)
+            with quiet():
+                begin = clock()
+                torch.autograd.grad(
+                    self._loss_function(self.model(inputs), targets), list(self.model.parameters())
+                )
+                self._gradient_seconds.append(clock() - begin)
 
     @torch.no_grad()
     def test(self) -> float:
