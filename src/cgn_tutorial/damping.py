@@ -98,7 +98,7 @@ class LevenbergMarquardt:
         parameters = [p for group in groups for p in group["params"]]
         before = [p.detach().clone() for p in parameters]
         state = {p: dict(values) for p, values in self.optimizer.state.items()}
-        start = float(loss) + self._penalty()
+        start = _number(loss) + self._penalty()
         self.optimizer.step()
         try:
             change = self._evaluated(evaluate) + self._penalty() - start
@@ -127,7 +127,7 @@ class LevenbergMarquardt:
         """The loss, with the buffers put back."""
         before = [buffer.clone() for buffer in self._buffers]
         try:
-            return float(evaluate())
+            return _number(evaluate())
         finally:
             _copy(before, self._buffers)
 
@@ -139,6 +139,11 @@ class LevenbergMarquardt:
                 squares = [p.detach().double().square().sum() for p in group["params"]]
                 total += group["weight_decay"] / 2 * float(sum(squares))
         return total
+
+
+def _number(loss: Tensor | float) -> float:
+    """The value of a loss."""
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
 
 
 @torch.no_grad()
