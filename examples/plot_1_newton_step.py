@@ -843,9 +843,13 @@ for name, median in medians.items():
 # of the network.
 
 import copy
+import warnings
 
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
+
+# Torch warns of BackPACK's hook on the first layer, harmlessly.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 
 def backpack_blocks(extension):

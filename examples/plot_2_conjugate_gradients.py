@@ -799,10 +799,15 @@ _ = describe(
 # They run in float64.
 
 # Train the tutorial's network with Adam for 150 steps.
+import warnings
+
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP
 
 from cgn_tutorial.pages import make_model, mnist_loader, train
+
+# Torch warns of BackPACK's hook on the first layer, harmlessly.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 torch.manual_seed(0)
 model, loss_function = make_model(), torch.nn.CrossEntropyLoss()

@@ -138,6 +138,7 @@ assert abs(damped[0] * LAM / line[0] - 1) < 0.01
 
 # What this page imports.
 import inspect
+import warnings
 
 from backpack import backpack, extend
 from backpack.extensions import GGNMP, HMP, PCHMP
@@ -152,6 +153,9 @@ from cgn_tutorial.pages import (
     mnist_loader,
     train,
 )
+
+# Torch warns of BackPACK's hook on the first layer, harmlessly.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 # %%
 # Solves stop at a relative residual of 0.1, which is loose, or after at most

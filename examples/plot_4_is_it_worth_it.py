@@ -38,8 +38,9 @@ To run this page yourself, download it from its end, and install its package:
 #
 # The package's ``race`` trains settings in turns, from the same weights on the
 # same batches. First the settings of page 3, with one block per layer. The
-# option ``flat`` lists layers, counted from 0, whose curvature is replaced by
-# zero: what remains in those is :math:`v = -g / \lambda`, a gradient step.
+# option ``without_curvature`` lists layers, counted from 0, whose curvature is
+# replaced by zero: what remains in those is :math:`v = -g / \lambda`, a gradient
+# step.
 
 import statistics
 
@@ -47,18 +48,20 @@ from cgn_tutorial.pages.races import Setting, race, step_rates
 
 SEEDS = range(3)
 MAIN = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 20}
-FLAT = {
-    "GGN everywhere": Setting("CGN", MAIN),
-    "zero in both convolutions": Setting("CGN", MAIN | {"flat": (0, 1)}),
-    "zero in all but the last layer": Setting(
-        "CGN", MAIN | {"flat": (0, 1, 2)}
-    ),
-    "zero in both linear layers": Setting("CGN", MAIN | {"flat": (2, 3)}),
+ZERO = {
+    "GGN everywhere": (),
+    "zero in both convolutions": (0, 1),
+    "zero in all but the last layer": (0, 1, 2),
+    "zero in both linear layers": (2, 3),
 }
-losses = {label: [] for label in FLAT}
+NEWTON = [
+    Setting("CGN", MAIN | {"without_curvature": layers})
+    for layers in ZERO.values()
+]
+losses = {label: [] for label in ZERO}
 for seed in SEEDS:
-    runs = race(list(FLAT.values()), seed, steps=51)
-    for label, run in zip(FLAT, runs, strict=True):
+    runs = race(NEWTON, seed, steps=51)
+    for label, run in zip(ZERO, runs, strict=True):
         losses[label].append(run.losses)
 
 # %%
@@ -68,7 +71,7 @@ for seed in SEEDS:
 # per length of its gradient.
 
 ONE, EACH = "SGD, one of three rates", "SGD, a rate per parameter"
-rates = [step_rates(FLAT["GGN everywhere"], seed) for seed in SEEDS]
+rates = [step_rates(NEWTON[0], seed) for seed in SEEDS]
 print("the rates of seed 0:", " ".join(f"{rate:.2g}" for rate in rates[0]))
 losses |= {ONE: [], EACH: []}
 for seed in SEEDS:
@@ -116,7 +119,7 @@ def late(label, until=51):
     return [statistics.mean(run[until - 10 : until]) for run in losses[label]]
 
 
-for label in FLAT:
+for label in ZERO:
     print(f"{label:31}", " ".join(f"{loss:.2f}" for loss in late(label)))
 for label in (ONE, EACH):
     for until in (51, 200):
@@ -139,7 +142,7 @@ for label in (ONE, EACH):
 # far as Newton steps in 51. Whether other rates would need fewer was not tried.
 
 # Check it, seed by seed.
-for curved, convolutions, last, linear in zip(*map(late, FLAT), strict=True):
+for curved, convolutions, last, linear in zip(*map(late, ZERO), strict=True):
     assert curved < convolutions < last
     assert convolutions < 1.6 and linear > 2.2
 assert min(late(ONE) + late(ONE, until=200)) > 2.2
@@ -170,7 +173,7 @@ LINEAR = CGN | {"damping": 3e-3, "maxiter": 5, "max_length": 0.2}
 BEST = {
     "Adam": Setting("Adam", {"lr": 5e-3}, average=0.95),
     "CGN": Setting("CGN", CGN, average=0.5),
-    "CGN, bounded": Setting("CGN, bounded", BOUNDED, average=0.5),
+    "CGN, bounded": Setting("CGN", BOUNDED, average=0.5),
     "CGN + Adam": Setting("CGN + Adam", LINEAR, average=0.9),
 }
 
@@ -283,14 +286,14 @@ print(inspect.getsource(LevenbergMarquardt.step))
 
 # %%
 
-from cgn_tutorial.pages.races import train_autoencoder
+from cgn_tutorial.pages.autoencoder import train_autoencoder
 
 WAYS = {
     "Adam": {"damping": None, "lr": 5e-3, "steps": 320},
-    "λ = 3": {"damping": 3.0, "judge": None, "steps": 48},
+    "λ = 3": {"damping": 3.0, "adapt_to": None, "steps": 48},
     "λ = 3 at first, adapts": {"damping": 3.0, "steps": 48},
-    "λ = 0.03, from zero": {"judge": None, "warm_start": 0, "steps": 30},
-    "λ = 0.03": {"judge": None, "steps": 30},
+    "λ = 0.03, from zero": {"adapt_to": None, "warm_start": 0, "steps": 30},
+    "λ = 0.03": {"adapt_to": None, "steps": 30},
 }
 found = {label: train_autoencoder(0, **way) for label, way in WAYS.items()}
 for label, tests in found.items():

@@ -29,12 +29,17 @@ To run this page yourself, download it from its end, and install its package:
 # normalises over the batch: here is one for MNIST, small enough for a page.
 
 # A residual network: modules, and the branch that is added.
+import warnings
+
 import torch
 from backpack import backpack, extend
 from backpack.extensions import GGNMP
 from torch import nn
 
 from cgn_tutorial.pages import load_mnist
+
+# Torch warns of BackPACK's hook on the first layer, harmlessly.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
 
 
 def convolution(c_in, c_out, size, stride=1):

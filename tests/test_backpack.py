@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 
+pytestmark = pytest.mark.versions
+
 IMAGES, CLASSES = 2, 3
 MODIFICATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda residual: residual,

@@ -131,10 +131,10 @@ def test_autograd_takes_what_backpack_does_not(name):
 
 def test_autograd_takes_nearly_all():
     refused = [name for name in TABLE if "raises" in words(name, AUTOGRAD)]
-    assert refused == ["EmbeddingBag", "`scaled_dot_product_attention`", "MultiMarginLoss"]
-    wrong = [name for name in TABLE if "wrong" in words(name, AUTOGRAD)]
-    assert wrong == ["`weight_norm`"]
-    assert words("`weight_norm`") == ["raises"] * 3 + ["right", "wrong"]
+    known = ["EmbeddingBag", "`scaled_dot_product_attention`", "`weight_norm`", "MultiMarginLoss"]
+    assert sorted(refused) == sorted(known)
+    assert not [name for name in TABLE if "wrong" in words(name, AUTOGRAD)]
+    assert words("`weight_norm`") == ["raises"] * 3 + ["right", "raises"]
     assert sum("raises" in words(name, BACKPACK) for name in TABLE) > 30
 
 

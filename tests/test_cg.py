@@ -16,6 +16,8 @@ from torch import Tensor
 
 from cgn_tutorial import cg
 
+pytestmark = pytest.mark.versions
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -45,7 +45,10 @@ BLOCKS: dict[str, Callable[[nn.Module], object]] = {
     "own": lambda model: [list(model.parameters())[::-2], list(model.parameters())[-2::-2]],
 }
 # torch.func brings some of its forward-mode formulas as scripts.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated"),
+    pytest.mark.versions,
+]
 
 Inputs = Tensor | tuple[Tensor, ...]
 LossFunction = Callable[[Tensor], Tensor]

@@ -11,6 +11,8 @@ import torch
 from cgn_tutorial.pages import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD
 
+pytestmark = pytest.mark.versions
+
 BUNDLED = resources.files("cgn_tutorial.pages") / "mnist"
 
 
@@ -55,6 +57,13 @@ def test_a_root_in_torchvisions_layout_gives_the_same_data(root):
         load_mnist(False).tensors, load_mnist(False, root).tensors, strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_root_may_begin_with_a_tilde(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.setenv("USERPROFILE", str(root.parent))  # Windows
+    images = load_mnist(False, f"~/{root.name}").tensors[0]
+    assert torch.equal(images, load_mnist(False).tensors[0])
 
 
 def test_unzipped_files_are_read_too(root):

@@ -29,10 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers, parallel, whole_batch
 from cgn_tutorial.pages import train_parallel
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()),
-    reason="torch comes without gloo",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()),
+        reason="torch comes without gloo",
+    ),
+    pytest.mark.versions,
+]
 
 STEPS = 20
 INPUTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,6 +1,5 @@
 """What README shows runs. What the site's pages show runs while it is built."""
 
-import csv
 import re
 from collections import Counter
 from pathlib import Path
@@ -56,30 +55,3 @@ def test_the_front_page_marks_what_differs_from_sgd():
     lines = enumerate(code.splitlines(), start=1)
     ours = {n for n, line in lines if re.search("extend|backpack|cgn|CGN|GGN", line)}
     assert numbers == ours
-
-
-def numbers(table, column):
-    """A column of a table of the benchmarks, without ranges, by the first column."""
-    with (ROOT / "docs" / "bench" / f"{table}.csv").open() as file:
-        first, *_ = rows = list(csv.DictReader(file))
-    label = next(iter(first))
-    found = {row[label]: row[column].partition(" ")[0].replace(",", "") for row in rows}
-    return {name: float(number) for name, number in found.items() if number}
-
-
-def test_the_benchmarks_bear_out_what_is_said_of_them_in_short():
-    product = numbers("products", "in forward and backward passes")
-    assert 0.65 < product["0.weight"] < 0.85
-    assert max(product[name] for name in product if name.startswith(("7.", "9."))) <= 0.1
-    assert max(product[name] for name in product if "." in name) < 1
-    faster = numbers("steps", "times as fast")
-    assert 1.4 < faster["CGNOptimizer, BackPACK's products"] < 1.6
-    assert 2.7 < faster["CGNOptimizer, GGN per layer"] < 3.5
-    alike = numbers("steps", "losses printed alike, float32")
-    assert alike["CGNOptimizer, BackPACK's products"] == 51
-    sizes = {
-        way: [int(n.replace(",", "")) for n in numbers("width", f"{way}, ms")]
-        for way in ("dense solve", "solve by CG")
-    }
-    assert max(sizes["dense solve"]) < 10_000
-    assert max(sizes["solve by CG"]) > 5_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import doctest
 import itertools
 import math
@@ -15,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import RATES, runs
+from loops import RATES, load, load_once, runs
 from torch.nn.functional import cross_entropy
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian, layers
-from cgn_tutorial.pages import load_mnist, make_model
+from cgn_tutorial.pages import make_model
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 SEEDS = range(3)
@@ -37,13 +36,9 @@ def test_the_examples_of_a_guide_run(page, monkeypatch):
 # The loops.
 
 
-def loop(name):
-    return runpy.run_path(str(GUIDES / "loops" / f"{name}.py"))["train"]
-
-
 @pytest.mark.parametrize("name", ["images", "table", "text"])
 def test_newton_steps_end_lower_than_as_many_of_sgd_at_its_best_rate(name):
-    plain, newton = loop(name), loop(f"{name}_cgn")
+    plain, newton = load(name), load(f"{name}_cgn")
     by_rate = {rate: [plain(rate, seed=seed) for seed in SEEDS] for rate in RATES["SGD"]}
     best = min(statistics.median(losses) for losses in by_rate.values() if max(losses) < math.inf)
     assert statistics.median(newton(seed=seed) for seed in SEEDS) < 0.95 * best
@@ -54,13 +49,13 @@ def test_newton_steps_end_lower_than_as_many_of_sgd_at_its_best_rate(name):
 @pytest.mark.parametrize("name", ["images", "table_cgn", "table_backpack"])
 def test_the_time_of_a_loop_is_that_of_its_steps(name, monkeypatch):
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
-    losses, took = runs(loop(name), 5, SEEDS, lr=0.1)
-    assert losses == [loop(name)(steps=5, seed=seed, lr=0.1) for seed in SEEDS]
+    losses, took = runs(load(name), 5, SEEDS, lr=0.1)
+    assert losses == [load(name)(steps=5, seed=seed, lr=0.1) for seed in SEEDS]
     assert took == 5
 
 
 def test_products_of_backpack_end_as_low_as_those_of_autograd():
-    backpack, autograd = loop("table_backpack"), loop("table_cgn")
+    backpack, autograd = load("table_backpack"), load("table_cgn")
     losses = [
         statistics.median(train(seed=seed) for seed in SEEDS) for train in (backpack, autograd)
     ]
@@ -88,7 +83,7 @@ def fits(**options):
     """The losses and the reasons of all solves, for each seed."""
     runs = [fit(seed, **options) for seed in SEEDS]
     return [
-        (losses, Counter(solve.reason for of_step in solves for solve in of_step))
+        (losses, Counter(solve.reason for of_step in solves for solve in of_step.values()))
         for losses, solves in runs
     ]
 
@@ -133,7 +128,7 @@ def test_all_solves_hit_the_budget():
 
 
 def test_most_solves_stop_at_negative_curvature():
-    images, labels = load_mnist().tensors
+    images, labels = load_once().tensors
     for seed in SEEDS:
         found = {}
         for kind in (Hessian, GGN):
@@ -150,7 +145,7 @@ def test_most_solves_stop_at_negative_curvature():
                 loss = cross_entropy(outputs, labels[batch])
                 curvature.backward(loss, outputs)
                 optimizer.step()
-                reasons.update(solve.reason for solve in optimizer.solves)
+                reasons.update(solve.reason for solve in optimizer.solves.values())
             found[kind] = reasons, loss.item()
         reasons, loss = found[Hessian]
         assert reasons["negative curvature"] > 0.5 * reasons.total()
@@ -185,21 +180,3 @@ def test_each_symptom_of_the_page_has_its_test():
     tests = re.findall(r"^     - `(test_\w+)`$", page, re.MULTILINE)
     assert len(tests) == 6
     assert set(tests) <= globals().keys()
-
-
-# The numbers of the table.
-
-
-def test_the_table_of_loops_says_what_the_page_does():
-    with (GUIDES.parent / "bench" / "loops.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for name in ("images", "table", "text"):
-        loss = {
-            row["trained with"]: float(row["loss"].split()[0])
-            for row in rows
-            if row["loop"].startswith(name)
-        }
-        newton = loss["CGN"]
-        assert newton < min(loss["SGD"], loss["Adam"])
-        assert loss["Adam, in the time of CGN"] < newton
-        assert (loss["SGD, in the time of CGN"] < newton) == (name != "table")

@@ -24,6 +24,8 @@ from torch.func import functional_call
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian, Solve, cg
 
+pytestmark = pytest.mark.versions
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXTENSION = SimpleNamespace(savefield="curvature")
 EXACT = {"tol": 1e-12, "atol": 0.0, "maxiter": 1000}

@@ -1,14 +1,24 @@
 """Races are fair, end where they should, and tell what happened."""
 
 import math
-from itertools import pairwise
+import warnings
+from itertools import repeat
 
 import pytest
 import torch
 from torch import nn
 
 from cgn_tutorial.pages import races
-from cgn_tutorial.pages.races import METHODS, Run, Setting, race, step_rates, train_autoencoder
+from cgn_tutorial.pages.races import (
+    METHODS,
+    Measurement,
+    Run,
+    Setting,
+    draw_batches,
+    load_images,
+    race,
+    step_rates,
+)
 
 NEWTON = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 3}
 OPTIONS = {method: NEWTON if method.startswith("CGN") else {"lr": 0.01} for method in METHODS}
@@ -17,21 +27,20 @@ OPTIONS = {method: NEWTON if method.startswith("CGN") else {"lr": 0.01} for meth
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     """Test on few images, which takes less time."""
-    images = {train: races._images(train=train) for train in (True, False)}
-    few = {True: images[True], False: tuple(t[:500] for t in images[False])}
-    monkeypatch.setattr(races, "_images", lambda *, train: few[train])
+    images = {True: load_images(train=True)}
+    images[False] = tuple(t[:500] for t in load_images(train=False))
+    monkeypatch.setattr(races, "load_images", lambda *, train: images[train])
 
 
 def weights(run):
-    return [p.detach().clone() for p in run._model.parameters()]
+    return [p.detach().clone() for p in run.model.parameters()]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_lowers_the_loss_of_its_first_batch(method):
-    run = Run(Setting(method, OPTIONS[method], batch_size=16), seed=0)
-    inputs, targets = next(run._batches)
-    for _ in range(30):
-        run._step(inputs, targets)
+def test_every_method_lowers_the_loss_of_a_batch(method, monkeypatch):
+    batch = next(draw_batches(16, seed=0))
+    monkeypatch.setattr(races, "draw_batches", lambda *_: repeat(batch))
+    (run,) = race([Setting(method, OPTIONS[method])], seed=0, steps=30)
     assert run.losses[-1] < run.losses[0]
     assert not run.failed
 
@@ -95,7 +104,7 @@ def test_a_race_goes_on_without_what_blew_up():
 )
 def test_a_fifth_lost_on_the_way_is_a_fall(accuracies, fell):
     run = Run(Setting("SGD", {"lr": 0.1}), 0)
-    run.tests = [races.Test(i, i, i, accuracy) for i, accuracy in enumerate(accuracies)]
+    run.tests = [Measurement(i, i, i, accuracy) for i, accuracy in enumerate(accuracies)]
     assert run.fell_back() == fell
 
 
@@ -105,12 +114,12 @@ def test_seconds_and_gradients_grow_with_the_steps():
     assert run.tests[-1].gradients > run.tests[-1].steps  # a Newton step costs more than one
 
 
-def test_flat_layers_take_gradient_steps():
-    run = Run(Setting("CGN", NEWTON | {"flat": (0, 1), "tol": 1e-6}), 0)
+def test_layers_without_curvature_take_gradient_steps():
+    run = Run(Setting("CGN", NEWTON | {"without_curvature": (0, 1), "tol": 1e-6}), 0)
     before = weights(run)
-    run._step(*next(run._batches))
+    run.step()
     moves = [after - x for after, x in zip(weights(run), before, strict=True)]
-    gradients = [p.grad for p in run._model.parameters()]
+    gradients = [p.grad for p in run.model.parameters()]
     for move, g in list(zip(moves, gradients, strict=True))[:4]:
         torch.testing.assert_close(move, -10 * g)
     for move, g in list(zip(moves, gradients, strict=True))[4:]:
@@ -132,7 +141,7 @@ def test_adam_moves_the_convolutions_and_newton_the_rest():
         Run(Setting("CGN", NEWTON), 0),
     ]
     for run in runs:
-        run._step(*next(run._batches))
+        run.step()
     both, adam, newton = map(weights, runs)
     assert all(torch.equal(p, q) for p, q in zip(both[:4], adam[:4], strict=True))
     torch.testing.assert_close(both[4:], newton[4:])
@@ -144,55 +153,43 @@ def test_rates_read_off_sgd_are_its_own():
 
 
 def test_the_average_of_the_weights_is_what_is_tested():
-    run = Run(Setting("SGD", {"lr": 1.0}, average=0.5), 0)
+    options = {"batch_size": 16, "activation": "ReLU"}
+    average = Run(Setting("SGD", {"lr": 0.3}, average=0.5, **options), 0)
+    plain = Run(Setting("SGD", {"lr": 0.3}, **options), 0)
     expected = None
-    for _ in range(3):
-        run._step(*next(run._batches))
-        now = weights(run)
-        expected = (
-            now if expected is None else [(a + b) / 2 for a, b in zip(expected, now, strict=True)]
-        )
-    torch.testing.assert_close([p.detach() for p in run._average.module.parameters()], expected)
-    average = run._test()
-    run.setting = Setting("SGD", {"lr": 1.0})
+    for _ in range(12):
+        average.step()
+        plain.step()
+        now = weights(plain)
+        expected = [(a + b) / 2 for a, b in zip(expected or now, now, strict=True)]
+    last = plain.test()
     with torch.no_grad():
-        for p, q in zip(run._model.parameters(), expected, strict=True):
+        for p, q in zip(plain.model.parameters(), expected, strict=True):
             p.copy_(q)
-    assert run._test() == average
+    assert average.test() == plain.test() != last
 
 
 def test_a_test_leaves_the_model_as_it_is():
     run = Run(Setting("CGN, BackPACK", NEWTON), 0)
-    run._step(*next(run._batches))
+    run.step()
     before = weights(run)
-    run._test()
+    run.test()
     assert all(torch.equal(p, x) for p, x in zip(weights(run), before, strict=True))
-    run._step(*next(run._batches))
+    run.step()
     assert math.isfinite(run.losses[-1])
 
 
-@pytest.mark.parametrize("options", [{"damping": None, "lr": 1e-3}, {"judge": None}, {}])
-def test_the_autoencoder_trains(options):
-    tests = train_autoencoder(0, batch_size=100, steps=6, **options)
-    assert [test.steps for test in tests] == [1, 2, 3, 4, 5, 6]
-    assert tests[-1].error < 130
-    assert all(a.seconds < b.seconds for a, b in pairwise(tests))
-    damping = {test.damping for test in tests}
-    if options == {"judge": None}:
-        assert damping == {0.03}
-    elif not options:
-        assert len(damping) > 1
-
-
-def test_another_batch_judges_otherwise():
-    dampings = [
-        [test.damping for test in train_autoencoder(0, batch_size=20, steps=12, judge=judge)]
-        for judge in ("the same batch", "another batch")
-    ]
-    assert dampings[1][-1] > dampings[0][-1]
+def test_the_warning_of_backpacks_hooks_is_kept_back_and_others_are_not():
+    setting = Setting("CGN, BackPACK", NEWTON)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        race([setting], 0, steps=1)
+        assert [str(w.message) for w in caught if "hook" in str(w.message)] == []
+        warnings.warn("Full backward hook is firing", stacklevel=1)
+    assert "Full backward hook is firing" in [str(w.message) for w in caught]
 
 
 def test_models_can_be_made_with_relu():
-    kinds = {type(module) for module in Run(Setting("SGD", {"lr": 1}, activation="ReLU"), 0)._model}
+    kinds = {type(module) for module in Run(Setting("SGD", {"lr": 1}, activation="ReLU"), 0).model}
     assert nn.ReLU in kinds
     assert nn.Sigmoid not in kinds

@@ -28,7 +28,7 @@ def test_resnet18_takes_a_step_with_layer_blocks_that_lowers_the_loss():
     optimizer.step()
 
     assert len(products) == len(optimizer.solves) == 41  # 20 convolutions, 20 norms, 1 linear layer
-    for solve in optimizer.solves:
+    for solve in optimizer.solves.values():
         assert 0 < solve.products <= 5
         assert solve.reason in ("converged", "maxiter")
     for p, p_before in zip(model.parameters(), before, strict=True):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,13 +29,15 @@ from matplotlib.figure import Figure
 from measuring import Row, draw, machine, summary, write
 from torch import Tensor
 
-from cgn_tutorial import cgn
+from cgn_tutorial import CGResult, cg, cgn
+from cgn_tutorial.pages.autoencoder import train_autoencoder
 from cgn_tutorial.pages.plotting import COLORS
-from cgn_tutorial.pages.races import METHODS, Setting, race, step_rates, train_autoencoder
+from cgn_tutorial.pages.races import Setting, race, step_rates
 
 ROOT = Path(__file__).parents[2]
 GOALS = (0.90, 0.95, 0.97)
 SEEDS = range(5)
+QUICK_SECONDS = 0.01  # a step and a test
 TUNING_SEEDS = (100, 101)  # others, so that no setting is chosen for the batches it is shown on
 
 
@@ -46,29 +49,39 @@ def grid(method: str, *, average: float, batch_size: int, **values: Sequence[Any
     ]
 
 
-def first_order(batch_size: int, average: float, *rates: Sequence[float]) -> list[Setting]:
+Ways = dict[str, list[Setting]]  # the settings of each way to train, by its name in the tables
+
+
+def together(*parts: Ways) -> Ways:
+    """The settings of all parts, where several may add to one way."""
+    ways: Ways = {}
+    for part in parts:
+        for name, settings in part.items():
+            ways.setdefault(name, []).extend(settings)
+    return ways
+
+
+def first_order(batch_size: int, average: float, *rates: Sequence[float]) -> Ways:
     """SGD, momentum and Adam at these rates."""
-    methods = ("SGD", "Momentum", "Adam")
-    return [
-        setting
-        for method, lr in zip(methods, rates, strict=True)
-        for setting in grid(method, average=average, batch_size=batch_size, lr=lr)
-    ]
+    return {
+        method: grid(method, average=average, batch_size=batch_size, lr=lr)
+        for method, lr in zip(("SGD", "Momentum", "Adam"), rates, strict=True)
+    }
 
 
-def newton(batch_size: int, lr: Sequence[float], damping: Sequence[float]) -> list[Setting]:
+def newton(batch_size: int, lr: Sequence[float], damping: Sequence[float]) -> Ways:
     """CGN, alone and with Adam for the convolutions."""
     common: dict[str, Any] = {"batch_size": batch_size, "lr": lr, "damping": damping, "tol": [0.3]}
-    return [
-        *grid("CGN", average=0.8, maxiter=[(1, 2, 5, 5)], **common),
-        *grid("CGN + Adam", average=0.9, maxiter=[5], max_length=[0.2], **common),
-    ]
+    return {
+        "CGN": grid("CGN", average=0.8, maxiter=[(1, 2, 5, 5)], **common),
+        "CGN + Adam": grid("CGN + Adam", average=0.9, maxiter=[5], max_length=[0.2], **common),
+    }
 
 
 class Workload(NamedTuple):
     """A batch size, or another network, with everything that races there."""
 
-    settings: list[Setting]
+    ways: Ways
     seconds: float  # the most per run
     tuning_seeds: Sequence[int] = TUNING_SEEDS
 
@@ -89,82 +102,83 @@ TWO_RATES = [
 ]
 
 # SGD, momentum and Adam have 24 settings in all, and all forms of CGN no more.
-AT_64 = [
-    *first_order(
+AT_64 = together(
+    first_order(
         64,
         0.95,
         (0.03, 0.1, 0.3, 1, 3, 10),
         (0.01, 0.03, 0.1, 0.3, 1, 3),
         (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
     ),
-    *grid("CGN", lr=[0.15], damping=[2e-4, 5e-4, 1e-3], maxiter=[(1, 2, 10, 10), 20], **SLOW),
-    *newton(64, [0.15], [3e-3]),
-    *grid(
-        "CGN + Adam",
-        average=0.95,
-        batch_size=64,
-        lr=[0.1, 0.2],
-        damping=[3e-3, 1e-2],
-        tol=[0.3],
-        maxiter=[5],
-        max_length=[0.2],
-    ),
-    *(grid(name, lr=[0.15], damping=[1e-3], maxiter=[20], **SLOW)[0] for name in CURVATURES),
-    *grid("CGN, Hessian", lr=[0.1], damping=[1e-2], maxiter=[20], **SLOW),
-    *grid("Adam, two rates", average=0.95, batch_size=64, lr=TWO_RATES),
-    *grid(
-        "CGN, bounded",
-        average=0.5,
-        batch_size=64,
-        lr=[0.15],
-        damping=[1e-4, 2e-4],
-        tol=[0.1, 0.3],
-        maxiter=[20],
-        max_length=[0.2],
-    ),
-]
+    {
+        "CGN": grid(
+            "CGN", lr=[0.15], damping=[2e-4, 5e-4, 1e-3], maxiter=[(1, 2, 10, 10), 20], **SLOW
+        )
+    },
+    newton(64, [0.15], [3e-3]),
+    {
+        "CGN + Adam": grid(
+            "CGN + Adam",
+            average=0.95,
+            batch_size=64,
+            lr=[0.1, 0.2],
+            damping=[3e-3, 1e-2],
+            tol=[0.3],
+            maxiter=[5],
+            max_length=[0.2],
+        )
+    },
+    {name: grid(name, lr=[0.15], damping=[1e-3], maxiter=[20], **SLOW) for name in CURVATURES},
+    {
+        "CGN, Hessian": grid("CGN, Hessian", lr=[0.1], damping=[1e-2], maxiter=[20], **SLOW),
+        "Adam, two rates": grid("Adam", average=0.95, batch_size=64, lr=TWO_RATES),
+        "CGN, bounded": grid(
+            "CGN",
+            average=0.5,
+            batch_size=64,
+            lr=[0.15],
+            damping=[1e-4, 2e-4],
+            tol=[0.1, 0.3],
+            maxiter=[20],
+            max_length=[0.2],
+        ),
+    },
+)
 
 
 def larger(batch_size: int, average: float, seconds: float, factor: float = 1) -> Workload:
     """What races at a larger batch size, with momentum's and Adam's rates larger by a factor."""
-    return Workload(
-        [
-            *first_order(
-                batch_size,
-                average,
-                (0.3, 1, 3),
-                [factor * lr for lr in (0.1, 0.3, 1)],
-                [factor * lr for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)],
-            ),
-            *newton(batch_size, [0.3], [1e-3, 3e-3]),
-            *newton(batch_size, [0.5], [3e-3]),
-            *grid("Adam, two rates", average=average, batch_size=batch_size, lr=TWO_RATES[::2]),
-        ],
-        seconds,
-        TUNING_SEEDS[:1],
+    two_rates = grid("Adam", average=average, batch_size=batch_size, lr=TWO_RATES[::2])
+    ways = together(
+        first_order(
+            batch_size,
+            average,
+            (0.3, 1, 3),
+            [factor * lr for lr in (0.1, 0.3, 1)],
+            [factor * lr for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)],
+        ),
+        newton(batch_size, [0.3], [1e-3, 3e-3]),
+        newton(batch_size, [0.5], [3e-3]),
+        {"Adam, two rates": two_rates},
     )
+    return Workload(ways, seconds, TUNING_SEEDS[:1])
 
 
 def rectified() -> Workload:
     """What races on the network with ReLU in place of sigmoids."""
-    settings = [
-        *first_order(
+    ways = together(
+        first_order(
             64,
             0.95,
             (0.03, 0.1, 0.3, 1),
             (3e-3, 1e-2, 3e-2, 0.1),
             (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2),
         ),
-        *newton(64, [0.05, 0.15], [1e-2, 1e-1]),
-    ]
-    return Workload(
-        [
-            Setting(s.method, s.options, s.batch_size, activation="ReLU", average=s.average)
-            for s in settings
-        ],
-        3.0,
-        TUNING_SEEDS[:1],
+        newton(64, [0.05, 0.15], [1e-2, 1e-1]),
     )
+    for name, settings in ways.items():
+        ways[name] = [replace(setting, activation="ReLU") for setting in settings]
+    return Workload(ways, 3.0, TUNING_SEEDS[:1])
 
 
 WORKLOADS: Mapping[str, Workload] = {
@@ -178,11 +192,11 @@ WORKLOADS: Mapping[str, Workload] = {
 MAIN = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 20}
 ABLATION = {
     "GGN": Setting("CGN", MAIN),
-    "conv 1 flat": Setting("CGN", MAIN | {"flat": (0,)}),
-    "both conv flat": Setting("CGN", MAIN | {"flat": (0, 1)}),
-    "all but the last flat": Setting("CGN", MAIN | {"flat": (0, 1, 2)}),
-    "linear 1 flat": Setting("CGN", MAIN | {"flat": (2,)}),
-    "both linear flat": Setting("CGN", MAIN | {"flat": (2, 3)}),
+    "zero in conv 1": Setting("CGN", MAIN | {"without_curvature": (0,)}),
+    "zero in both conv": Setting("CGN", MAIN | {"without_curvature": (0, 1)}),
+    "zero in all but the last": Setting("CGN", MAIN | {"without_curvature": (0, 1, 2)}),
+    "zero in linear 1": Setting("CGN", MAIN | {"without_curvature": (2,)}),
+    "zero in both linear": Setting("CGN", MAIN | {"without_curvature": (2, 3)}),
     "Momentum": Setting("Momentum", {"lr": 0.3}),
     "Adam": Setting("Adam", {"lr": 5e-3}),
 }
@@ -197,14 +211,19 @@ MAP_LENGTHS = (math.inf, 0.2)
 AUTOENCODER: Mapping[str, dict[str, Any]] = {
     "Adam, 5e-3, batch 256": {"damping": None, "lr": 5e-3, "batch_size": 256},
     "Adam, 5e-3, batch 500": {"damping": None, "lr": 5e-3},
-    "λ = 0.03, solves from zero": {"judge": None, "warm_start": 0.0},
-    "λ = 0.03": {"judge": None},
-    "λ = 3": {"judge": None, "damping": 3.0},
-    "λ = 0.03, stop by progress": {"judge": None, "tol": 0.0, "maxiter": 250, "progress": True},
+    "λ = 0.03, solves from zero": {"adapt_to": None, "warm_start": 0.0},
+    "λ = 0.03": {"adapt_to": None},
+    "λ = 3": {"adapt_to": None, "damping": 3.0},
+    "λ = 0.03, stop by progress": {
+        "adapt_to": None,
+        "tol": 0.0,
+        "maxiter": 250,
+        "by_progress": True,
+    },
     "λ adapts, from 0.03": {},
     "λ adapts, from 3": {"damping": 3.0},
     "λ adapts, batch 64": {"batch_size": 64},
-    "λ adapts to another batch": {"judge": "another batch"},
+    "λ adapts to another batch": {"adapt_to": "another batch"},
 }
 
 
@@ -228,13 +247,13 @@ def rounded(tests: Iterable[Sequence[float]]) -> list[list[float]]:
     return [[float(f"{number:.4g}") for number in test] for test in tests]
 
 
-def ablation(seed: int) -> dict[str, list[float]]:
+def ablation(seed: int, steps: int, rates_steps: int) -> dict[str, list[float]]:
     """The losses of each way, and of SGD with one rate, and with a rate per parameter."""
-    runs = race(list(ABLATION.values()), seed, steps=ABLATION_STEPS)
+    runs = race(list(ABLATION.values()), seed, steps=steps)
     found = dict(zip(ABLATION, (run.losses for run in runs), strict=True))
     rates: dict[str, Any] = {f"SGD, rate {rate:g}": rate for rate in RATES}
-    rates["SGD, a rate per parameter"] = step_rates(ABLATION["GGN"], seed)
-    runs = race([Setting("SGD", {"lr": lr}) for lr in rates.values()], seed, steps=RATES_STEPS)
+    rates["SGD, a rate per parameter"] = step_rates(ABLATION["GGN"], seed, min(steps, 15))
+    runs = race([Setting("SGD", {"lr": lr}) for lr in rates.values()], seed, steps=rates_steps)
     found |= zip(rates, (run.losses for run in runs), strict=True)
     return {label: [round(loss, 4) for loss in losses] for label, losses in found.items()}
 
@@ -251,67 +270,67 @@ def map_cell(damping: float, budget: int, length: float, seed: int) -> dict[str,
 def autoencoder(label: str, seed: int, seconds: float) -> list[list[float]]:
     """The autoencoder's way."""
     options = dict(AUTOENCODER[label])
-    other = mock.patch.object(cgn, "_steps", by_progress(cgn._steps))
-    with other if options.pop("progress", False) else nullcontext():
+    by_progress = options.pop("by_progress", False)
+    with mock.patch.object(cgn, "cg", cg_by_progress) if by_progress else nullcontext():
         return rounded(train_autoencoder(seed, seconds=seconds, **options))
 
 
-def by_progress(steps: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """Martens' stop: the steps of CG up to where the model q hardly falls any more.
+def cg_by_progress(
+    A: Callable[[Tensor], Tensor], b: Tensor, x0: Tensor | None = None, **options: Any
+) -> CGResult:
+    """Martens' stop: CG up to where the model q hardly falls any more.
 
-    It ends after step i if q_i < 0 and (q_i − q_{i−k}) / q_i < 0.0005 k, for k = max(10, i / 10).
-    A row of the table needs it, and nothing else does: so it is not in the package. From a start
-    that is not zero it costs one product more, to know the model there: one in some forty.
+    It ends after iteration i if q_i < 0 and (q_i − q_{i−k}) / q_i < 0.0005 k, for
+    k = max(10, i / 10). A row of the table needs it, and nothing else does: so it is not in the
+    package. From a start that is not zero it costs one product more, one in some forty.
     """
+    x0, r0, models = torch.zeros_like(b) if x0 is None else x0, b, [0.0]
+    if x0.any():
+        r0 = b - A(x0)
+        models = [-(x0 * (b + r0)).sum().item() / 2]
+    if models[0] > 0:  # as the optimizer does
+        x0, r0, models = torch.zeros_like(b), b, [0.0]
 
-    def until(A: cgn.Product, M: cgn.Product, x: Tensor, r: Tensor) -> Iterator[Any]:
-        b = r + A(x) if x.any() else r
-        models = [-(x * (b + r)).sum().item() / 2]
-        for i, step in enumerate(steps(A, M, x, r), start=1):
-            yield step
-            _, _, rz, pAp, *_ = step
-            models.append(models[-1] - (rz**2 / pAp).item() / 2)
-            k = max(10, math.ceil(i / 10))
-            if i > k and models[i] < 0 and (models[i] - models[i - k]) / models[i] < 5e-4 * k:
-                return
+    def hardly_falls(x: Tensor) -> bool:
+        # The residual at x is orthogonal to x − x0, so that the model needs no product.
+        models.append(models[0] - (r0 * (x - x0)).sum().item() / 2)
+        i = len(models) - 1
+        k = max(10, math.ceil(i / 10))
+        return i > k and models[i] < 0 and (models[i] - models[i - k]) / models[i] < 5e-4 * k
 
-    return until
+    return cg(A, b, x0 if x0.any() else None, callback=hardly_falls, **options)
 
 
 def tuning_jobs(quick: bool) -> Iterator[Job]:
     """Races of all settings, to choose from."""
     for name, workload in WORKLOADS.items():
         for seed in workload.tuning_seeds[: 1 if quick else None]:
-            for i, method in enumerate(METHODS):
-                chosen = [s for s in workload.settings if s.method == method]
-                if quick:
-                    chosen = chosen[:1]
-                seconds = 0.2 if quick else workload.seconds
-                if chosen:
-                    key = f"tune {name} {i} {seed}"
-                    weight = 2 * seconds * len(chosen)
-                    yield Job(key, weight, settings_race, (chosen, seed, seconds))
+            for way, settings in workload.ways.items():
+                chosen = settings[: 1 if quick else None]
+                seconds = QUICK_SECONDS if quick else workload.seconds
+                weight = 2 * seconds * len(chosen)
+                arguments = (chosen, seed, seconds)
+                yield Job(f"tune {name} {way} {seed}", weight, settings_race, arguments)
 
 
 def best(found: Mapping[str, Any], name: str, quick: bool) -> dict[str, dict[float, Setting]]:
-    """For each method and goal, the setting with the least median time over the tuning seeds.
+    """For each way and goal, the setting with the least median time over the tuning seeds.
 
     A run that did not reach the goal counts as infinitely long.
     """
     workload = WORKLOADS[name]
     chosen: dict[str, dict[float, Setting]] = {}
-    for i, method in enumerate(METHODS):
-        settings = [s for s in workload.settings if s.method == method][: 1 if quick else None]
+    for way, settings in workload.ways.items():
         for goal in GOALS:
             times = [
                 statistics.median(
-                    first(found[f"tune {name} {i} {seed}"][k]["tests"], goal)[1]
+                    first(found[f"tune {name} {way} {seed}"][k]["tests"], goal)[1]
                     for seed in workload.tuning_seeds[: 1 if quick else None]
                 )
-                for k in range(len(settings))
+                for k in range(1 if quick else len(settings))
             ]
-            if settings and min(times) < math.inf:
-                chosen.setdefault(method, {})[goal] = settings[times.index(min(times))]
+            if min(times) < math.inf:
+                chosen.setdefault(way, {})[goal] = settings[times.index(min(times))]
     return chosen
 
 
@@ -334,7 +353,7 @@ def final_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
     """Races of what is best, from the seeds that are shown."""
     for name, workload in WORKLOADS.items():
         settings = finalists(found, name, quick)
-        seconds = 0.2 if quick else workload.seconds
+        seconds = QUICK_SECONDS if quick else workload.seconds
         for seed in SEEDS[: 1 if quick else None]:
             weight = 2 * seconds * len(settings)
             if settings:
@@ -346,10 +365,11 @@ def other_jobs(quick: bool) -> Iterator[Job]:
     seeds = SEEDS[: 1 if quick else None]
     for seed in seeds[: 1 if quick else 3]:
         for label in AUTOENCODER:
-            seconds = 0.2 if quick else 16.0
+            seconds = QUICK_SECONDS if quick else 16.0
             yield Job(f"autoencoder {label} {seed}", seconds, autoencoder, (label, seed, seconds))
     for seed in seeds:
-        yield Job(f"ablation {seed}", 25.0, ablation, (seed,))
+        steps = (2, 2) if quick else (ABLATION_STEPS, RATES_STEPS)
+        yield Job(f"ablation {seed}", 25.0, ablation, (seed, *steps))
     cells = product(MAP_DAMPING, MAP_BUDGET, MAP_LENGTHS, SEEDS[:2])
     for damping, budget, length, seed in list(cells)[: 1 if quick else None]:
         arguments = (damping, budget, length, seed)
@@ -393,15 +413,14 @@ def described(setting: Setting) -> str:
 
 
 def race_tables(found: Mapping[str, Any], quick: bool) -> Iterator[tuple[str, list[Row]]]:
-    """For each workload and goal, the best setting of each method, fastest first."""
+    """For each workload and goal, the best setting of each way, fastest first."""
     for name, workload in WORKLOADS.items():
         table = []
         chosen = best(found, name, quick)
-        methods = dict.fromkeys(setting.method for setting in workload.settings)
         for goal in GOALS:
             rows = [
-                race_row(found, name, method, chosen.get(method, {}).get(goal), goal, quick)
-                for method in methods
+                race_row(found, name, way, chosen.get(way, {}).get(goal), goal, quick)
+                for way in workload.ways
             ]
             table += [row for _, row in sorted(rows, key=lambda row: row[0])]
         yield name.lower().replace(",", "").replace(" ", "_"), table
@@ -410,13 +429,13 @@ def race_tables(found: Mapping[str, Any], quick: bool) -> Iterator[tuple[str, li
 def race_row(
     found: Mapping[str, Any],
     name: str,
-    method: str,
+    way: str,
     setting: Setting | None,
     goal: float,
     quick: bool,
 ) -> tuple[float, Row]:
-    """How a method got to a goal: the median of its seconds, and the row of the table."""
-    row = {"Goal": f"{goal:.0%}", "Method": method}
+    """How a way got to a goal: the median of its seconds, and the row of the table."""
+    row = {"Goal": f"{goal:.0%}", "Method": way}
     if setting is None:
         return math.inf, row | {"Seconds": "never in tuning"}
     seeds = SEEDS[: 1 if quick else None]
@@ -476,7 +495,7 @@ def ablation_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row], 
     table = []
     figure, axes = plt.subplots(3, 4, figsize=(7.5, 5.6), sharey=True, layout="constrained")
     for ax, label in zip(axes.flat, runs[0], strict=True):
-        late = [statistics.mean(run[label][41:51]) for run in runs]
+        late = [statistics.mean(run[label][:ABLATION_STEPS][-10:]) for run in runs]
         end = [statistics.mean(run[label][-10:]) for run in runs]
         row = {"Way": label, "Mean loss of steps 41 to 50": summary(late)}
         if len(runs[0][label]) > ABLATION_STEPS:

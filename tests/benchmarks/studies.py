@@ -15,23 +15,35 @@ from measuring import DEVICE, Row, in_turns, summary
 from torch import Tensor, nn
 from workloads import BATCH_SIZE, SOLVER, STEPS, Problem, Run, mnist
 
-from cgn_tutorial import CGNOptimizer, CGResult, cg
+from cgn_tutorial import Block, CGNOptimizer, CGResult, cg
 from cgn_tutorial.pages import make_model
 
 
 class Jacobi(CGNOptimizer):
     """`CGNOptimizer` preconditioned by the exact diagonal of the GGN."""
 
-    def _solve(self, block: Any) -> CGResult:
-        group = block.groups[0]
-        g = torch.cat([p.grad.reshape(-1) for p in block.parameters])
-        D = torch.cat([p.diag_ggn_exact.reshape(-1) for p in block.parameters]) + group["damping"]
-        return cg(
-            lambda v: block.product(v) + group["damping"] * v,
-            -g,
-            M=lambda v: v / D,
-            **{name: group[name] for name in ("maxiter", "tol", "atol")},
-        )
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Solve for every block, then move, as the optimizer does, but with a preconditioner."""
+        (group,) = self.param_groups
+        lam = group["damping"]
+        options = {name: group[name] for name in ("maxiter", "tol", "atol")}
+        solved: list[tuple[Block, CGResult]] = []
+        for block in self.blocks():
+            parameters: tuple[Any, ...] = block.parameters
+            g = torch.cat([p.grad.flatten() for p in parameters])
+            D = torch.cat([p.diag_ggn_exact.flatten() for p in parameters]) + lam
+            A = partial(damped, block, lam)
+            solved.append((block, cg(A, -g, M=D.reciprocal().mul, **options)))
+        for block, (solution, _) in solved:
+            for p, _, v in block.split(solution):
+                p.add_(v, alpha=group["lr"])
+        self.solves = {block.names: solve for block, (_, solve) in solved}
+
+
+def damped(block: Block, lam: float, v: Tensor) -> Tensor:
+    """(C + λI) v."""
+    return block(v[None])[0] + lam * v
 
 
 class JacobiRun(Run):

@@ -86,7 +86,9 @@ class Run:
         loss: list[Tensor] = []
         self.seconds.append(seconds(lambda: loss.append(self._step())))
         self.losses.append(loss[0].item())
-        self.products.append(sum(s.products for s in getattr(self.optimizer, "solves", [])))
+        self.products.append(
+            sum(s.products for s in getattr(self.optimizer, "solves", {}).values())
+        )
 
     @property
     def printed(self) -> list[str]:

@@ -36,8 +36,9 @@ def load_mnist(
 
     Args:
         train: The 60,000 training images, or else the 10,000 test images.
-        root: A folder in torchvision's layout, `root/MNIST/raw`, to read from. `None` reads the
-            copy that comes with the package: no network, and nothing is written.
+        root: A folder in torchvision's layout, `root/MNIST/raw`, to read from; `~` stands for your
+            home folder. `None` reads the copy that comes with the package: no network, and nothing
+            is written.
         download: Let torchvision download into `root` what is missing there.
 
     Returns:
@@ -56,9 +57,10 @@ def load_mnist(
             raise ValueError("download=True needs root, the folder to download into.")
         folder: Traversable = resources.files("cgn_tutorial.pages") / "mnist"
     else:
+        root = Path(root).expanduser()
         if download:
             MNIST(root, train=train, download=True)
-        folder = Path(root) / "MNIST" / "raw"
+        folder = root / "MNIST" / "raw"
     part = "train" if train else "t10k"
     images = _read_idx(folder, f"{part}-images-idx3-ubyte", _IMAGES_MAGIC, (_SIZES[part], 28, 28))
     labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", _LABELS_MAGIC, (_SIZES[part],))

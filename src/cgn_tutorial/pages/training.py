@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,13 +16,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from cgn_tutorial.cgn import Solve
+from cgn_tutorial import Solve
 
 __all__ = ["History", "accuracy", "default_device", "train"]
 
 # BackPACK hooks the first layer, whose inputs need no gradient. Torch warns of that, harmlessly.
 HARMLESS = "Full backward hook is firing"
-warnings.filterwarnings("ignore", HARMLESS)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back the harmless warning of a backward pass within BackPACK, and no other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", HARMLESS)
+        yield
 
 
 def default_device() -> torch.device:
@@ -29,16 +38,29 @@ def default_device() -> torch.device:
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """The share of samples whose largest output is their target.
+    """The share of samples whose largest output is that of their class.
 
     Args:
-        outputs: Scores, `[N, classes]`.
-        targets: Class indices, `[N]`.
+        outputs: Scores of at least two classes, `[N, classes, ...]`.
+        targets: Class indices, `[N, ...]`, where negative ones, such as `ignore_index`, do not
+            count; or class probabilities, `[N, classes, ...]`, of which the largest counts.
 
     Returns:
-        A number between 0 and 1.
+        A number between 0 and 1; NaN if these are no scores and classes, as in a regression.
     """
-    return (outputs.argmax(dim=1) == targets).float().mean().item()
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
+        return math.nan
+    if targets.is_floating_point():
+        if targets.shape != outputs.shape or (targets < 0).any():
+            return math.nan
+        totals = targets.sum(dim=1)
+        if not torch.allclose(totals, torch.ones_like(totals), atol=1e-3):
+            return math.nan
+        targets = targets.argmax(dim=1)
+    answers = outputs.argmax(dim=1)
+    if answers.shape != targets.shape:
+        return math.nan
+    return (answers == targets)[targets >= 0].float().mean().item()
 
 
 @dataclass
@@ -47,9 +69,11 @@ class History:
 
     Attributes:
         loss: The mini-batch loss, before the step.
-        accuracy: The mini-batch accuracy, before the step, between 0 and 1.
+        accuracy: The mini-batch accuracy, before the step, between 0 and 1; NaN if the targets are
+            no classes.
         seconds: Wall-clock seconds of the step, without loading the data.
-        solves: What the optimizer's linear solves did, empty for optimizers that have none.
+        solves: What the optimizer's linear solves did, by the names of their parameters; empty for
+            optimizers that have none.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -108,7 +132,7 @@ def train(
             torch.accelerator.synchronize()
         history.seconds.append(time.perf_counter() - start)
         history.accuracy.append(accuracy(outputs, targets))
-        history.solves.append(getattr(optimizer, "solves", {}))
+        history.solves.append(dict(getattr(optimizer, "solves", {})))
         del loss, outputs  # else their graph lives on while the next one is built
         if log_every and i % log_every == 0:
             bar.write(
@@ -123,7 +147,7 @@ def _backpack_backward(optimizer: Optimizer) -> Callable[[Tensor, Tensor], None]
     extensions = [optimizer.bp_extension] if hasattr(optimizer, "bp_extension") else []
 
     def backward(loss: Tensor, outputs: Tensor) -> None:
-        with backpack(*extensions):
+        with quiet(), backpack(*extensions):
             loss.backward()
 
     return backward

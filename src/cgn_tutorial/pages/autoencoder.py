@@ -1,0 +1,132 @@
+"""The training of a deep autoencoder, with damping that adapts or without, and with Adam."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt
+from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD
+from cgn_tutorial.pages.models import make_autoencoder
+from cgn_tutorial.pages.races import clock, draw_batches, load_images
+from cgn_tutorial.pages.training import default_device
+
+__all__ = ["Reconstruction", "train_autoencoder"]
+
+
+class Reconstruction(NamedTuple):
+    """How well the autoencoder does at some point.
+
+    Attributes:
+        steps: Steps taken so far.
+        seconds: Time spent on them, without loading data and testing.
+        error: The squared error of an image, summed over its pixels, averaged over all test images.
+        damping: λ by then; NaN for Adam.
+    """
+
+    steps: int
+    seconds: float
+    error: float
+    damping: float
+
+
+def train_autoencoder(
+    seed: int,
+    *,
+    lr: float = 1.0,
+    damping: float | None = 0.03,
+    adapt_to: str | None = "the same batch",
+    batch_size: int = 500,
+    seconds: float = math.inf,
+    steps: int | None = None,
+    **options: Any,
+) -> list[Reconstruction]:
+    """Train the autoencoder on the cross-entropy of its pixels.
+
+    Args:
+        seed: Of the weights and the batches.
+        lr: The step size, or Adam's rate.
+        damping: λ to begin with; `None` trains with Adam instead.
+        adapt_to: Where Levenberg's and Marquardt's rule compares the losses before and after a
+            step, on `"the same batch"` or on `"another batch"`; `None` keeps λ as it is.
+        batch_size: Images per step.
+        seconds: When to end.
+        steps: The steps after which to end in any case.
+        **options: Further ones of `CGNOptimizer`.
+
+    Returns:
+        The error each time the steps have grown by a fifth, up to the end or to numbers that are
+        not finite.
+
+    Raises:
+        ValueError: `adapt_to` is something else.
+    """
+    if adapt_to not in ("the same batch", "another batch", None):
+        raise ValueError(
+            f"adapt_to must be 'the same batch', 'another batch' or None, but is {adapt_to!r}."
+        )
+    torch.manual_seed(seed)
+    model = make_autoencoder().to(default_device())
+    curvature = GGN([model.parameters()])
+    defaults = {"tol": 0.1, "maxiter": 30, "warm_start": 0.95}
+    optimizer: Any = (
+        Adam(model.parameters(), lr)
+        if damping is None
+        else CGNOptimizer(model.parameters(), curvature, lr, damping, **defaults | options)
+    )
+    adaptive = LevenbergMarquardt(optimizer) if damping is not None and adapt_to else None
+
+    def evaluate(pixels: Tensor, outputs: Tensor | None = None) -> Tensor:
+        outputs = model(pixels) if outputs is None else outputs
+        loss = nn.functional.binary_cross_entropy_with_logits(outputs, pixels, reduction="sum")
+        return loss / len(pixels)
+
+    @torch.no_grad()
+    def value(pixels: Tensor) -> float:
+        return evaluate(pixels).item()
+
+    def update(pixels: Tensor, others: Tensor) -> None:
+        model.zero_grad()
+        outputs = model(pixels)
+        loss = evaluate(pixels, outputs)
+        if damping is None:
+            loss.backward()
+        else:
+            curvature.backward(loss, outputs)
+        if adaptive is None:
+            optimizer.step()
+        elif adapt_to == "the same batch":
+            adaptive.step(loss.item(), lambda: value(pixels))
+        else:
+            adaptive.step(value(others), lambda: value(others))
+
+    batches = (_pixels(images) for images, _ in draw_batches(batch_size, seed))
+    found: list[Reconstruction] = []
+    spent, taken, next_test = 0.0, 0, 1
+    while spent < seconds and taken < (steps or math.inf):
+        pixels = next(batches)
+        others = next(batches) if adapt_to == "another batch" else pixels
+        begin = clock()
+        try:
+            update(pixels, others)
+        except RuntimeError:  # the optimizer's, about numbers that are not finite
+            break
+        spent += clock() - begin
+        taken += 1
+        if taken >= next_test:
+            next_test = math.ceil(1.2 * taken)
+            with torch.no_grad():
+                images = _pixels(load_images(train=False)[0])
+                error = (model(images).sigmoid() - images).square().sum(dim=1).mean().item()
+            lam = math.nan if damping is None else optimizer.param_groups[0]["damping"]
+            found.append(Reconstruction(taken, spent, error, lam))
+    return found
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Images as rows of pixels from 0 to 1."""
+    return (images * MNIST_STD + MNIST_MEAN).clamp(0, 1).flatten(1)
