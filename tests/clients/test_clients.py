@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial import GGN, CGNOptimizer, LevenbergMarquardt, layers
 from cgn_tutorial.pages import load_mnist, make_model
 
 LOOPS = Path(__file__).parents[2] / "docs" / "guides" / "loops"
@@ -199,6 +199,51 @@ def test_accelerate_takes_the_steps_of_the_plain_loop(expected):
 def test_accelerate_goes_on_from_a_checkpoint(expected, tmp_path):
     accelerated(Accelerator(cpu=True), stop=1, folder=tmp_path)
     assert torch.equal(accelerated(Accelerator(cpu=True), skip=1, folder=tmp_path), expected)
+
+
+# Damping that adapts, around what the clients wrap the optimizer in.
+
+
+def adaptive_step(curvature: GGN, model: nn.Module, adaptive: LevenbergMarquardt) -> float:
+    """A step on the first batch, and its ratio."""
+    x, y = next(iter(BATCHES))
+    adaptive.optimizer.zero_grad()
+    outputs = model(x)
+    loss = cross_entropy(outputs, y)
+    curvature.backward(loss, outputs)
+    return adaptive.step(loss, lambda: cross_entropy(model(x), y))
+
+
+def adaptive_run(training: Training, model: nn.Module, optimizer: object) -> tuple[list, Tensor]:
+    adaptive = LevenbergMarquardt(optimizer)
+    ratios = [adaptive_step(training.curvature, model, adaptive) for _ in range(4)]
+    return [*ratios, training.optimizer.param_groups[0]["damping"]], weights(training.model)
+
+
+class Adaptive(Manual):
+    """Takes the steps of `adaptive_run` in its first training step."""
+
+    def training_step(self, batch: list[Tensor]) -> None:
+        if not hasattr(self, "found"):
+            self.found = adaptive_run(self.training_of, self.model, self.optimizers())
+
+
+@pytest.mark.parametrize("client", ["Lightning", "Accelerate"])
+def test_damping_adapts_around_the_wrapped_optimizer(client):
+    training = Training()
+    expected = adaptive_run(training, training.model, training.optimizer)
+    assert expected[0][-1] != training.optimizer.defaults["damping"]
+    if client == "Lightning":
+        module = Adaptive()
+        trainer(epochs=1).fit(module, BATCHES)
+        found = module.found
+    else:
+        training = Training()
+        found = adaptive_run(
+            training, *Accelerator(cpu=True).prepare(training.model, training.optimizer)
+        )
+    assert found[0] == expected[0]
+    assert torch.equal(found[1], expected[1])
 
 
 # skorch.
