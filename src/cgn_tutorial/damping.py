@@ -98,7 +98,7 @@ class LevenbergMarquardt:
         parameters = [p for group in groups for p in group["params"]]
         before = [p.detach().clone() for p in parameters]
         state = {p: dict(values) for p, values in self.optimizer.state.items()}
-        start = float(loss) + self._penalty()
+        start = _number(loss) + self._penalty()
         self.optimizer.step()
         try:
             change = self._evaluated(evaluate) + self._penalty() - start
@@ -108,7 +108,8 @@ class LevenbergMarquardt:
             self.optimizer.state.update(state)
             raise
 
-        predicted = self.optimizer.predicted
+        # Accelerate's wrapper of an optimizer passes on what all optimizers have, and no more.
+        predicted = getattr(self.optimizer, "optimizer", self.optimizer).predicted
         rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
         eps = max((torch.finfo(p.dtype).eps for p in parameters), default=0.0)
         if max(abs(change), abs(predicted)) <= LOSS_ROUNDINGS * eps * abs(start):
@@ -127,7 +128,7 @@ class LevenbergMarquardt:
         """The loss, with the buffers put back."""
         before = [buffer.clone() for buffer in self._buffers]
         try:
-            return float(evaluate())
+            return _number(evaluate())
         finally:
             _copy(before, self._buffers)
 
@@ -139,6 +140,11 @@ class LevenbergMarquardt:
                 squares = [p.detach().double().square().sum() for p in group["params"]]
                 total += group["weight_decay"] / 2 * float(sum(squares))
         return total
+
+
+def _number(loss: Tensor | float) -> float:
+    """The value of a loss, with a graph or without."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 @torch.no_grad()
