@@ -358,15 +358,3 @@ def test_copying_and_evaluating_the_model_between_steps_changes_none_of_them():
             other(X)
 
     assert torch.equal(weights(train(4, each=look)[0]), weights(train(4)[0]))
-
-
-def test_a_step_of_a_gradient_scaler_is_refused_and_moves_nothing():
-    model = nn.Linear(3, 2)
-    curvature = GGN([model.parameters()])
-    optimizer = CGNOptimizer(model.parameters(), curvature)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    outputs, before = model(X.float()), weights(model)
-    curvature.backward(scaler.scale(F.cross_entropy(outputs, Y)), outputs)
-    with pytest.raises(RuntimeError, match="A GradScaler scales the loss"):
-        scaler.step(optimizer)
-    assert torch.equal(weights(model), before)

@@ -338,9 +338,9 @@ class Block:
             TypeError: The product returns another dtype, or no tensor.
             ValueError: The product returns another shape.
         """
-        if not hasattr(self.product, "parameters"):
-            v = v.view(len(v), *self.parameters[0].shape)
-        return _like(v, "The curvature product", self.product(v)).flatten(1).view(len(v), -1)
+        shape = v.shape if hasattr(self.product, "parameters") else (-1, *self.parameters[0].shape)
+        vectors = v.view(shape) if v.numel() else v.new_empty(len(v), *shape[1:])
+        return _like(vectors, "The curvature product", self.product(vectors)).reshape(v.shape)
 
     def split(self, v: Tensor) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
         """Each parameter, its group, and its part of the n numbers v, in its shape."""
@@ -501,7 +501,7 @@ class CGNOptimizer(Optimizer):
                 loss = closure()
         blocks = self.blocks()
         _refuse_lone_processes(blocks)
-        if hasattr(self, "found_inf"):  # left by a GradScaler that steps
+        if vars(self).pop("found_inf", None) is not None:  # put there by a GradScaler that steps
             raise RuntimeError(
                 "A GradScaler scales the loss, so that the curvature products do not fit the "
                 "damping: compute gradients and products from the loss itself, and call "
@@ -673,8 +673,8 @@ def _check_agreement(option: str, where: str, blocks: list[Block]) -> None:
 
 def _refuse_lone_processes(blocks: list[Block]) -> None:
     """Raise where several processes run, and a product is not the average over them."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    several = several and torch.distributed.get_world_size() > 1
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = distributed and torch.distributed.get_world_size() > 1
     if several and not all(getattr(block.product, "averaged", False) for block in blocks):
         raise RuntimeError(
             "torch.distributed runs several processes, and each would solve with the curvature of "

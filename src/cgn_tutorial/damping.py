@@ -143,8 +143,8 @@ class LevenbergMarquardt:
 
 
 def _number(loss: Tensor | float) -> float:
-    """The value of a loss, with a graph or without."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    """The value of a loss."""
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
 
 
 @torch.no_grad()
