@@ -134,5 +134,14 @@ def rebuild(session: nox.Session) -> None:
     session.run("pytest", "--verbose", "--noconftest", "tests/test_rebuild.py", *session.posargs)
 
 
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Train with the real Lightning, Accelerate, skorch and Ignite, on the CPU."""
+    install(session, "clients")
+    options = ("--noconftest", "--override-ini=filterwarnings=default")  # their warnings are theirs
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    session.run("pytest", *options, "tests/clients", *session.posargs, env=environment)
+
+
 if __name__ == "__main__":
     nox.main()

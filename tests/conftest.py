@@ -7,8 +7,8 @@ from hypothesis import settings
 
 from cgn_tutorial.pages.training import HARMLESS
 
-# These run in environments of their own, by `nox -s rebuild` and `nox -s site downloads`.
-collect_ignore = ["test_rebuild.py", "site"]
+# These run in environments of their own, by `nox -s rebuild clients` and `nox -s site downloads`.
+collect_ignore = ["test_rebuild.py", "clients", "site"]
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")

@@ -29,7 +29,7 @@ def test_the_examples_of_a_guide_run(page, monkeypatch):
     monkeypatch.syspath_prepend(GUIDES)
     result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert result.failed == 0
-    for name in ("accumulation", "callback"):
+    for name in ("accumulation", "callback", "scaling"):
         sys.modules.pop(name, None)
 
 
@@ -72,6 +72,18 @@ def test_a_loop_changes_few_lines(name):
     assert sum(gone.values()) <= 6
     assert any("torch.optim.SGD" in line for line in gone)
     assert any("loss.backward()" in line for line in gone)
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate"])
+def test_a_loop_of_a_client_changes_few_lines(name):
+    plain, changed = (
+        Counter((GUIDES / "loops" / f"table_{name}{newton}.py").read_text().splitlines())
+        for newton in ("", "_cgn")
+    )
+    gone = plain - changed
+    assert sum(gone.values()) <= 6
+    assert any("torch.optim.SGD" in line for line in gone)
+    assert "curvature.backward(loss, " in "".join(changed - plain)
 
 
 # The symptoms.

@@ -108,7 +108,8 @@ class LevenbergMarquardt:
             self.optimizer.state.update(state)
             raise
 
-        predicted = self.optimizer.predicted
+        # Accelerate's wrapper of an optimizer passes on what all optimizers have, and no more.
+        predicted = getattr(self.optimizer, "optimizer", self.optimizer).predicted
         rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
         eps = max((torch.finfo(p.dtype).eps for p in parameters), default=0.0)
         if max(abs(change), abs(predicted)) <= LOSS_ROUNDINGS * eps * abs(start):
