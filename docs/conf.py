@@ -64,6 +64,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "write_computation_times": False,
     "min_reported_time": 0,
+    "parallel": 2,
     "show_signature": False,
     "remove_config_comments": True,
     "doc_module": ("cgn_tutorial",),
