@@ -22,6 +22,8 @@ SOURCE = "docs"
 SITE = "docs/_build/html"
 WHEEL = "docs/_build/wheel"
 EXPECTED = "docs/_build/expected.json"
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+THREAD = {"OMP_NUM_THREADS": "1"}  # networks this small are hardly faster on two
 
 
 def install(session: nox.Session, *groups: str, options: Sequence[str] = ()) -> None:
@@ -47,14 +49,14 @@ def install_wheel(session: nox.Session, *groups: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     install(session, "tests")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs, env=THREAD)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False)
 def lowest(session: nox.Session) -> None:
     """Run what versions can break with the oldest that pyproject.toml allows."""
     install(session, "tests", options=("--resolution", "lowest-direct"))
-    session.run("pytest", "-m", "versions", *session.posargs)
+    session.run("pytest", "-m", "versions", *PARALLEL, *session.posargs, env=THREAD)
 
 
 @nox.session
@@ -74,7 +76,8 @@ def docs(session: nox.Session) -> None:
     install_wheel(session, "docs")
     for earlier in Path(SITE).glob("*.whl"):
         earlier.unlink()
-    session.run("sphinx-build", "-W", "-n", "-b", "html", SOURCE, SITE, *session.posargs)
+    options = ("-W", "-n", "-b", "html", *session.posargs)
+    session.run("sphinx-build", *options, SOURCE, SITE, env=THREAD)
     session.run("python", "tests/site/expected.py", EXPECTED)  # here, where there is torch
 
 
@@ -101,17 +104,17 @@ def downloads(session: nox.Session) -> None:
     )
 
 
-@nox.session(venv_location=".nox/tests")
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure what steps and products cost, and write docs/bench, which the site shows."""
-    install(session, "tests")
+    install(session)
     session.run("python", "tests/benchmarks/bench.py", *session.posargs)
 
 
-@nox.session(venv_location=".nox/tests")
+@nox.session
 def experiments(session: nox.Session) -> None:
     """Race the optimizers of page 4 in full, and write docs/experiments, which the site shows."""
-    install(session, "tests")
+    install(session)
     session.run("python", "tests/benchmarks/experiments.py", *session.posargs)
 
 
@@ -119,17 +122,17 @@ def experiments(session: nox.Session) -> None:
 def site(session: nox.Session) -> None:
     """Look at every page of the built site in a browser; arguments go to pytest."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "site"))
-    session.run("pytest", "--confcutdir=tests/site", "tests/site", *session.posargs)
+    session.run("pytest", "--confcutdir=tests/site", *PARALLEL, "tests/site", *session.posargs)
 
 
-@nox.session(venv_location=".nox/docs")
+@nox.session
 def linkcheck(session: nox.Session) -> None:
     """Follow the site's links to other sites, which needs a network."""
     install_wheel(session, "docs")
     session.run("sphinx-build", "-b", "linkcheck", SOURCE, "docs/_build/linkcheck")
 
 
-@nox.session(venv_location=".nox/docs")
+@nox.session
 def rebuild(session: nox.Session) -> None:
     """Check what a second build of a small site runs again, and what a failing page leaves."""
     install_wheel(session, "docs", "rebuild")
