@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
-from cgn_tutorial import GGN, CGNOptimizer, Hessian, LevenbergMarquardt, cg
+from cgn_tutorial import GGN, CGNOptimizer, Hessian, Solve, cg
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXTENSION = SimpleNamespace(savefield="curvature")
@@ -71,6 +71,12 @@ class Quadratic:
 
 
 SHAPES = [(2, 3), (4,), (), (3, 1, 2)]
+
+
+def only(solves: dict) -> Solve:
+    """The solve of the one block."""
+    (solve,) = solves.values()
+    return solve
 
 
 def trained(steps: int = 3, groups: Callable = lambda q: q.parameters.values(), **options) -> list:
@@ -170,15 +176,15 @@ def test_block_of_several_parameters_is_solved_as_one_system():
 
     product.parameters = [y, x]
     x.curvature = y.curvature = product
-    groups = [{"params": [x], "lr": 1.0, "damping": 0.1}, {"params": [y, both], "damping": 0.2}]
+    groups = [{"params": [x], "damping": 0.1}, {"params": [y, both], "damping": 0.2}]
     optimizer = CGNOptimizer(groups, EXTENSION, lr=0.5, **EXACT)
     damping = torch.diag(torch.tensor([0.2] * 3 + [0.1] * 4))
     v = torch.linalg.solve(C + damping, -torch.cat([y.grad, x.grad.reshape(-1)]))
-    expected = y.detach() + 0.5 * v[:3], x.detach() + v[3:].view(2, 2)
+    expected = y.detach() + 0.5 * v[:3], x.detach() + 0.5 * v[3:].view(2, 2)
     optimizer.step()
     torch.testing.assert_close((y.detach(), x.detach()), expected)
     assert set(calls) == {(1, 7)}
-    assert [len(solve.names) for solve in optimizer.solves] == [2, 1]
+    assert [len(names) for names in optimizer.solves] == [2, 1]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
@@ -357,7 +363,7 @@ def test_zero_gradients_cost_no_product_and_move_nothing():
     optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, damping=0.0)
     optimizer.step()
     assert_equal(quadratic.values(), before)
-    assert [(s.products, s.reason) for s in optimizer.solves] == [(0, "converged")] * 4
+    assert [(s.products, s.reason) for s in optimizer.solves.values()] == [(0, "converged")] * 4
 
 
 # Copies, pickles, checkpoints.
@@ -370,7 +376,7 @@ def test_deepcopy_keeps_the_extension_and_takes_the_same_steps():
     optimizer.step()
     twin = Quadratic(SHAPES)
     twin.parameters, copied = copy.deepcopy((quadratic.parameters, optimizer))
-    assert copied.bp_extension is EXTENSION
+    assert copied.bp_extension.savefield == EXTENSION.savefield
     assert copied.param_groups[0]["params"][0] is twin["p0"] is not quadratic["p0"]
     quadratic.backward()
     optimizer.step()
@@ -381,23 +387,32 @@ def test_deepcopy_keeps_the_extension_and_takes_the_same_steps():
 
 
 def test_deepcopy_works_with_backpacks_extensions():
-    optimizer = CGNOptimizer(network().parameters(), GGNMP())
-    assert copy.deepcopy(optimizer).bp_extension is optimizer.bp_extension
+    model = network()
+    optimizer = CGNOptimizer(model.parameters(), GGNMP(), lr=0.3)
+    twin, copied = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin, copied)):
+        backward(m, o)
+        o.step()
+    assert_equal(list(twin.parameters()), list(model.parameters()))
 
 
-def test_pickle_keeps_the_savefield_and_asks_for_the_extension():
-    quadratic = Quadratic([(4,)])
-    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, lr=0.3)
-    restored = pickle.loads(pickle.dumps(optimizer))
-    with pytest.raises(RuntimeError, match=r"set optimizer.bp_extension to one .* \.curvature"):
-        _ = restored.bp_extension
-    quadratic.parameters = {"p0": restored.param_groups[0]["params"][0]}
-    before = quadratic.backward().values()
-    restored.step()
-    assert not torch.equal(quadratic["p0"], before[0])
-    restored.bp_extension = EXTENSION
-    assert restored.bp_extension is EXTENSION
-    assert restored.state_dict() == optimizer.state_dict()
+@pytest.mark.parametrize("kind", [GGN, Hessian])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_model_and_optimizer_takes_the_curvature_of_the_copied_model(kind, copied):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 4)).double()
+    optimizer = CGNOptimizer(model.parameters(), kind([model.parameters()]), lr=0.3)
+    pairs = [(model, optimizer), copied((model, optimizer))]
+    for m, o in pairs:
+        for _ in range(2):
+            o.zero_grad()
+            z = m(INPUTS)
+            o.bp_extension.backward(nn.functional.cross_entropy(z, TARGETS), z)
+            o.step()
+    assert_equal(list(pairs[1][0].parameters()), list(model.parameters()))
+    assert pairs[1][1].bp_extension is not optimizer.bp_extension
 
 
 def test_state_dict_holds_plain_values():
@@ -517,6 +532,9 @@ def test_product_serves_one_step():
         (lambda x, y, o: o.param_groups.pop(), RuntimeError, r"of shape \(3,\) is not held by"),
         (lambda x, y, o: o.param_groups[1].update(tol=0.5), ValueError, r"tol .* \[0.1, 0.5\]"),
         (lambda x, y, o: o.param_groups[1].update(maxiter=5), ValueError, "maxiter .* x, y"),
+        (lambda x, y, o: o.param_groups[1].update(lr=2.0), ValueError, r"lr .* \[0.1, 2.0\]"),
+        (lambda x, y, o: o.param_groups[1].update(warm_start=0.5), ValueError, "warm_start must"),
+        (lambda x, y, o: o.param_groups[1].update(max_length=1.0), ValueError, "max_length must"),
         (
             lambda x, y, o: delattr(x.curvature, "parameters"),
             RuntimeError,
@@ -587,6 +605,33 @@ def test_products_of_larger_blocks_must_return_the_shape_of_their_argument(resul
         ("tol", -0.1),
         ("atol", math.nan),
         ("negative_curvature", "abs"),
+        ("warm_start", 1.1),
+        ("max_length", -1.0),
+    ],
+)
+def test_options_set_out_of_range_between_steps_raise_and_change_nothing(name, value):
+    quadratic = Quadratic(SHAPES).backward()
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION)
+    optimizer.param_groups[0][name] = value
+    before = quadratic.values()
+    with pytest.raises(ValueError, match=f"{name} must be .*, but is {value!r}"):
+        optimizer.step()
+    assert_equal(quadratic.values(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("damping", -1e-3),
+        ("damping", math.inf),
+        ("weight_decay", -1.0),
+        ("maxiter", -1),
+        ("maxiter", 0.5),
+        ("tol", -0.1),
+        ("atol", math.nan),
+        ("negative_curvature", "abs"),
     ],
 )
 def test_hyperparameters_out_of_range_raise_an_error_that_names_them(name, value):
@@ -603,55 +648,6 @@ def test_hyperparameters_out_of_range_raise_an_error_that_names_them(name, value
 def test_extensions_without_a_savefield_are_refused(extension):
     with pytest.raises(TypeError, match="bp_extension must have a savefield"):
         CGNOptimizer([nn.Parameter(torch.ones(2))], extension)
-
-
-# The check of the products.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_check_passes_symmetric_products_and_changes_nothing(dtype):
-    quadratic = Quadratic(SHAPES, dtype).backward()
-    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION)
-    before, random = quadratic.values(), torch.get_rng_state()
-    assert optimizer.check_products(positive=True) < 100 * torch.finfo(dtype).eps
-    assert_equal(quadratic.values(), before)
-    assert torch.equal(torch.get_rng_state(), random)
-    optimizer.step()  # the products are still there
-
-
-@pytest.mark.parametrize("asymmetry", [1e-2, 1.0])
-def test_check_names_the_block_whose_product_is_not_symmetric(asymmetry):
-    quadratic = Quadratic(SHAPES, torch.float32).backward()
-    quadratic.matrices["p1"] += asymmetry * torch.ones(4, 4).triu()
-    optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION)
-    with pytest.raises(RuntimeError, match=r"product of p1 is not symmetric: uᵀCv = .* vᵀCu = "):
-        optimizer.check_products()
-
-
-def test_check_tells_whether_products_are_positive_semi_definite():
-    quadratic = Quadratic(SHAPES).backward()
-    quadratic.matrices["p1"] *= -1
-    optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION)
-    optimizer.check_products()
-    with pytest.raises(RuntimeError, match="product of p1 is not positive semi-definite: uᵀCu = -"):
-        optimizer.check_products(positive=True)
-
-
-def test_check_finds_torchs_second_derivative_of_weight_norm_to_be_wrong():
-    torch.manual_seed(0)
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))
-    model = nn.Sequential(normed, nn.Tanh(), nn.Linear(5, 4)).double()
-    for kind in (GGN, Hessian):
-        model.zero_grad()
-        optimizer = CGNOptimizer(model.parameters(), kind([model.parameters()]))
-        outputs = model(INPUTS)
-        loss = nn.functional.cross_entropy(outputs, TARGETS)
-        optimizer.bp_extension.backward(loss, outputs)
-        if kind is GGN:
-            assert optimizer.check_products(positive=True) < 1e-12
-        else:
-            with pytest.raises(RuntimeError, match="is not symmetric"):
-                optimizer.check_products()
 
 
 # Memory.
@@ -702,17 +698,17 @@ def test_gpu_memory_after_200_steps_is_memory_after_2():
 def test_solves_tell_what_each_block_took():
     quadratic = Quadratic(SHAPES).backward()
     optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION, damping=0.1, tol=1e-3)
-    assert optimizer.solves == []
+    assert optimizer.solves == {}
     expected = []
     for name, p in quadratic.parameters.items():
         C = quadratic.matrices[name] + 0.1 * torch.eye(p.numel(), dtype=torch.float64)
         result = cg(C.matmul, -p.grad.reshape(-1), tol=1e-3)
         expected.append((name, result))
     optimizer.step()
-    for solve, (name, e) in zip(optimizer.solves, expected, strict=True):
-        assert (solve.names, solve.products, solve.reason) == ((name,), e.products, "converged")
+    for (names, solve), (name, (_, e)) in zip(optimizer.solves.items(), expected, strict=True):
+        assert (names, solve.products, solve.reason) == ((name,), e.products, "converged")
         assert solve.residuals == pytest.approx(e.residuals, rel=1e-6, abs=1e-12)
-        assert solve.model == pytest.approx(e.model, rel=1e-6)
+        assert solve.decrease == pytest.approx(e.decrease, rel=1e-6)
         assert len(solve.residuals) == solve.products + 1
 
 
@@ -722,8 +718,8 @@ def test_solves_plot_in_three_lines():
     optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION)
     optimizer.step()
     fig, ax = plt.subplots()
-    for solve in optimizer.solves:
-        ax.semilogy(solve.residuals, label=", ".join(solve.names))
+    for names, solve in optimizer.solves.items():
+        ax.semilogy(solve.residuals, label=", ".join(names))
     assert ax.get_legend_handles_labels()[1] == ["p0", "p1", "p2", "p3"]
     plt.close(fig)
 
@@ -733,7 +729,10 @@ def test_solves_tell_of_negative_curvature_and_of_maxiter():
     quadratic["p0"].curvature = torch.neg
     optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, maxiter=1)
     optimizer.step()
-    assert [solve.reason for solve in optimizer.solves] == ["negative curvature", "maxiter"]
+    assert [solve.reason for solve in optimizer.solves.values()] == [
+        "negative curvature",
+        "maxiter",
+    ]
 
 
 # Waits for the device.
@@ -748,7 +747,7 @@ def test_waits_once_per_product_and_twice_per_block(weight_decay, device):
     )
     with counted_conversions() as conversions:
         optimizer.step()
-    assert 0 < len(conversions) <= sum(solve.products + 2 for solve in optimizer.solves)
+    assert 0 < len(conversions) <= sum(solve.products + 2 for solve in optimizer.solves.values())
 
 
 # What a step promises, and its length.
@@ -792,6 +791,55 @@ def test_a_long_step_is_shortened_to_max_length_in_its_own_direction():
     assert (steps[1] @ damped @ steps[1]).sqrt().item() == pytest.approx(0.01, rel=1e-6)
 
 
+@pytest.mark.parametrize("warm_start", [0.0, 0.9])
+@pytest.mark.parametrize("matrix", ["negative", "null", "indefinite", "definite"])
+def test_max_length_holds_for_curvature_of_any_sign(matrix, warm_start):
+    random = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(6, 6, generator=random, dtype=torch.float64)).Q
+    signs = {"negative": -1.0, "null": 0.0, "definite": 1.0}
+    eigenvalues = torch.linspace(-1, 1, 6).double() if matrix == "indefinite" else signs[matrix]
+    C = Q * torch.as_tensor(eigenvalues) @ Q.T
+    quadratic = Quadratic([(6,), (2,)])
+    options = {"damping": 0.0, "max_length": 1e-3, "warm_start": warm_start}
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, lr=1.0, **options)
+    for _ in range(3):
+        quadratic.backward()
+        quadratic["p0"].curvature = lambda v: v @ C
+        before = quadratic.values()
+        optimizer.step()
+        step = quadratic.values()[0] - before[0]
+        assert step.any()
+        assert (step @ C @ step).abs() <= 1.001e-6
+        if matrix in ("negative", "null") and not warm_start:  # a multiple of the gradient
+            assert step.norm() <= 1.001e-3
+
+
+def test_max_length_is_an_option_of_groups():
+    quadratic = Quadratic(SHAPES)
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, lr=1.0)
+    quadratic.backward()
+    optimizer.step()
+    free = -optimizer.predicted
+    restored = CGNOptimizer(quadratic.parameters.values(), EXTENSION, max_length=1e-3)
+    state = restored.state_dict()
+    assert state["param_groups"][0]["max_length"] == 1e-3
+    optimizer.load_state_dict(state)
+    quadratic.backward()
+    optimizer.step()
+    assert -optimizer.predicted < free / 10
+
+
+def test_max_length_must_agree_over_the_blocks_of_a_step():
+    quadratic = Quadratic(SHAPES).backward()
+    groups = [
+        {"params": [p], "max_length": 1.0 + i} for i, p in enumerate(quadratic.parameters.values())
+    ]
+    before = quadratic.values()
+    with pytest.raises(ValueError, match="max_length must agree over all blocks"):
+        CGNOptimizer(groups, EXTENSION).step()
+    assert_equal(quadratic.values(), before)
+
+
 def test_a_short_step_is_not_changed_by_max_length():
     assert_equal(trained(max_length=1e9), trained())
 
@@ -815,7 +863,7 @@ def test_warm_start_lets_solves_of_one_iteration_carry_on():
         optimizer.step()
         errors.append((optimizer.state[quadratic["p0"]]["v"] - exact).norm() / exact.norm())
     assert errors[-1] < errors[0] / 3
-    assert optimizer.solves[0].products == 2
+    assert only(optimizer.solves).products == 2
 
 
 def test_warm_start_stops_at_once_where_the_last_step_solves_the_system():
@@ -825,8 +873,8 @@ def test_warm_start_stops_at_once_where_the_last_step_solves_the_system():
     for _ in range(2):
         quadratic.backward()
         optimizer.step()
-    assert optimizer.solves[0].products == 1
-    assert optimizer.solves[0].converged
+    assert only(optimizer.solves).products == 1
+    assert only(optimizer.solves).converged
 
 
 def test_warm_start_survives_a_checkpoint(tmp_path):
@@ -851,82 +899,104 @@ def test_warm_start_survives_a_checkpoint(tmp_path):
     assert_equal(second.values(), whole.values())
 
 
-def test_a_checkpoint_from_before_the_warm_start_still_loads():
-    quadratic = Quadratic(SHAPES).backward()
-    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION)
-    state = optimizer.state_dict()
-    del state["param_groups"][0]["warm_start"]
-    optimizer.load_state_dict(state)
-    optimizer.step()
-    assert optimizer.param_groups[0]["warm_start"] == 0.0
-
-
 @pytest.mark.parametrize("warm_start", [-0.1, 1.1, math.nan])
 def test_warm_start_is_a_share(warm_start):
     with pytest.raises(ValueError, match=f"warm_start must be from 0 to 1, but is {warm_start}"):
         CGNOptimizer([nn.Parameter(torch.ones(2))], EXTENSION, warm_start=warm_start)
 
 
-# Damping that adapts.
-
-
-def adaptive_step(rho: float, damping: float = 0.1, **options) -> tuple[list, list, float, float]:
-    """Values before and after a step, ρ, and λ, if the loss changes by ρ times what is promised."""
-    quadratic = Quadratic(SHAPES).backward()
-    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, damping=damping, maxiter=20)
-    adaptive = LevenbergMarquardt(optimizer, **options)
+def test_a_warm_start_that_leads_uphill_is_dropped():
+    quadratic = Quadratic([(30,)])
+    optimizer = CGNOptimizer(
+        quadratic.parameters.values(), EXTENSION, lr=1.0, warm_start=1.0, maxiter=3, tol=1e-9
+    )
+    quadratic.backward()
+    optimizer.step()
+    quadratic.backward()
+    quadratic["p0"].grad = torch.zeros(30, dtype=torch.float64)
     before = quadratic.values()
-    found = adaptive.step(1.0, lambda: 1.0 + rho * optimizer.predicted)
-    return before, quadratic.values(), found, optimizer.param_groups[0]["damping"]
+    optimizer.step()
+    assert optimizer.predicted == 0
+    assert_equal(quadratic.values(), before)
 
 
-@pytest.mark.parametrize(
-    ("rho", "factor"), [(2.0, 2 / 3), (0.76, 2 / 3), (0.74, 1), (0.26, 1), (0.24, 1.5), (0.01, 1.5)]
-)
-def test_damping_follows_the_ratio(rho, factor):
-    before, after, found, damping = adaptive_step(rho)
-    assert found == pytest.approx(rho)
-    assert damping == pytest.approx(0.1 * factor)
-    assert not any(torch.equal(x, p) for x, p in zip(before, after, strict=True))
+def test_a_block_that_sits_out_a_step_starts_from_zero_again():
+    quadratic = Quadratic([(6,), (6,)])
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, warm_start=0.9)
+    for _ in range(2):
+        quadratic.backward()
+        optimizer.step()
+        quadratic["p1"].requires_grad_(False)
+    assert list(optimizer.state) == [quadratic["p0"]]
 
 
-@pytest.mark.parametrize("rho", [0.0, -1.0, math.nan, math.inf, -math.inf])
-def test_a_step_that_does_not_lower_the_loss_is_taken_back(rho):
-    before, after, found, damping = adaptive_step(rho)
-    if math.isfinite(rho) or rho < 0:
-        assert_equal(after, before)
-    assert damping == pytest.approx(0.15)
-    assert found == pytest.approx(rho) if math.isfinite(rho) else found == -math.inf
+def test_a_warm_start_that_overflows_fails_once():
+    quadratic = Quadratic([(6,)])
+    optimizer = CGNOptimizer(quadratic.parameters.values(), EXTENSION, warm_start=1.0)
+    for _ in range(2):
+        quadratic.backward()
+        optimizer.step()
+    optimizer.state[quadratic["p0"]]["v"] *= 1e200
+    quadratic.backward()
+    before = quadratic.values()
+    with pytest.raises(RuntimeError, match="the next batch go on from here"):
+        optimizer.step()
+    assert_equal(quadratic.values(), before)
+    quadratic.backward()
+    optimizer.step()
 
 
-def test_damping_stays_above_its_minimum():
-    assert adaptive_step(1.0, damping=2e-4, minimum=2e-4)[3] == 2e-4
-    assert adaptive_step(0.0, damping=0.0, minimum=2e-4)[3] == pytest.approx(3e-4)
+# What cannot be moved, or needs no move.
 
 
-@pytest.mark.parametrize("minimum", [-1.0, math.inf, math.nan])
-def test_the_minimum_must_be_finite(minimum):
-    optimizer = CGNOptimizer([nn.Parameter(torch.ones(2))], EXTENSION)
-    with pytest.raises(
-        ValueError, match=f"minimum must be finite and at least 0, but is {minimum}"
-    ):
-        LevenbergMarquardt(optimizer, minimum)
+def test_a_parameter_whose_entries_share_memory_is_refused_before_anything_moves():
+    quadratic = Quadratic([(4,), (3,)])
+    shared = nn.Parameter(torch.ones(1, dtype=torch.float64).expand(3))
+    quadratic.parameters["p1"] = shared
+    optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION)
+    quadratic.backward()
+    before = quadratic.values()
+    with pytest.raises(RuntimeError, match=r"p1 holds several entries .* \.clone\(\)"):
+        optimizer.step()
+    assert_equal(quadratic.values(), before)
 
 
-def test_the_ratio_is_one_on_a_quadratic_without_damping():
-    random = torch.Generator().manual_seed(0)
-    X, y = torch.randn(50, 8, dtype=torch.float64, generator=random).split([7, 1], dim=1)
-    model = nn.Linear(7, 1).double()
-    curvature = GGN([model.parameters()])
-    optimizer = CGNOptimizer(model.parameters(), curvature, lr=0.5, damping=0.0, warm_start=0.9)
-    adaptive = LevenbergMarquardt(optimizer, minimum=0.0)
+def test_a_zeroed_gradient_without_a_product_is_passed_over():
+    """As of heads trained in turn, with zero_grad(set_to_none=False)."""
+    quadratic = Quadratic([(4,), (3,)]).backward()
+    del quadratic["p1"].curvature
+    quadratic["p1"].grad.zero_()
+    before = quadratic.values()
+    CGNOptimizer(quadratic.parameters.values(), EXTENSION).step()
+    assert not torch.equal(quadratic.values()[0], before[0])
+    assert torch.equal(quadratic.values()[1], before[1])
 
-    def evaluate():
-        return nn.functional.mse_loss(model(X), y)
 
-    for _ in range(3):
-        optimizer.zero_grad()
-        z = model(X)
-        loss = nn.functional.mse_loss(z, y)
-        curvature.backward(loss, z)
-        assert adaptive.step(loss, evaluate) == pytest.approx(1.0)
+def test_blocks_show_what_a_step_would_solve_and_change_nothing():
+    quadratic = Quadratic(SHAPES).backward()
+    optimizer = CGNOptimizer(quadratic.parameters.items(), EXTENSION)
+    before = quadratic.values()
+    blocks = optimizer.blocks()
+    assert [block.names for block in blocks] == [("p0",), ("p1",), ("p2",), ("p3",)]
+    for block in blocks:
+        (p,) = block.parameters
+        C = quadratic.matrices[block.names[0]]
+        torch.testing.assert_close(block(torch.eye(p.numel(), dtype=torch.float64)), C)
+    optimizer.step()
+    assert not torch.equal(quadratic.values()[0], before[0])
+
+
+def test_a_gradient_scaler_is_refused_with_the_remedy():
+    model = network()
+    optimizer = CGNOptimizer(model.parameters(), GGNMP())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    loss = scaler.scale(LOSS(model(INPUTS), TARGETS))
+    with backpack(optimizer.bp_extension):
+        loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="from the loss itself"):
+        scaler.step(optimizer)
+    assert_equal([p.detach() for p in model.parameters()], before)
+    backward(model, optimizer)
+    optimizer.step()  # the scaler has left nothing behind

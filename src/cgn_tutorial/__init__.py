@@ -1,18 +1,22 @@
 """Matrix-free second-order optimization in PyTorch."""
 
-from cgn_tutorial.cgn import BlockSolve, CGNOptimizer, CGResult, LevenbergMarquardt, Solve, cg
+from cgn_tutorial.cgn import Block, CGNOptimizer, CGResult, Solve, cg
 from cgn_tutorial.curvature import GGN, BlockProduct, Curvature, Hessian, layers
+from cgn_tutorial.damping import LevenbergMarquardt
+from cgn_tutorial.parallel import Share, whole_batch
 
 __all__ = [
     "GGN",
+    "Block",
     "BlockProduct",
-    "BlockSolve",
     "CGNOptimizer",
     "CGResult",
     "Curvature",
     "Hessian",
     "LevenbergMarquardt",
+    "Share",
     "Solve",
     "cg",
     "layers",
+    "whole_batch",
 ]

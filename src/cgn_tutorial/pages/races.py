@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cgn_tutorial.cgn import CGNOptimizer, LevenbergMarquardt
+from cgn_tutorial.cgn import CGNOptimizer
 from cgn_tutorial.curvature import GGN, BlockProduct, layers
+from cgn_tutorial.damping import LevenbergMarquardt
 from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD, load_mnist
 from cgn_tutorial.pages.models import make_autoencoder, make_model
 from cgn_tutorial.pages.training import accuracy, default_device

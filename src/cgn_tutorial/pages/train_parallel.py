@@ -31,7 +31,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial import GGN, CGNOptimizer, layers, whole_batch
 from cgn_tutorial.pages import load_mnist, make_model
 
 OPTIONS: dict[str, Any] = {"lr": 0.15, "damping": 2e-3, "maxiter": 10, "tol": 0.3}
@@ -48,7 +48,6 @@ def train(
     steps: int, batch_size: int, checkpoint: Path | None, device: torch.device
 ) -> tuple[nn.Module, list[float]]:
     """Train from the checkpoint on, if there is one; the model, and the loss of the whole batch."""
-    group = distributed.group.WORLD
     i, processes = distributed.get_rank(), distributed.get_world_size()
     images, labels = load_mnist().tensors
 
@@ -56,7 +55,7 @@ def train(
     model = make_model().to(device)
     replica = DistributedDataParallel(model)
     curvature = GGN(layers(model))
-    optimizer = CGNOptimizer(model.parameters(), curvature, **OPTIONS, process_group=group)
+    optimizer = CGNOptimizer(model.parameters(), curvature, **OPTIONS)
     losses: list[float] = []
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -67,17 +66,16 @@ def train(
             print(f"goes on from step {len(losses)}", flush=True)
 
     for step in range(len(losses), steps):
-        share = batch_of(step, batch_size).chunk(processes)[i]
-        inputs, targets = images[share].to(device), labels[share].to(device)
+        mine = batch_of(step, batch_size).chunk(processes)[i]
+        inputs, targets = images[mine].to(device), labels[mine].to(device)
         optimizer.zero_grad()
         outputs = replica(inputs)
         loss = cross_entropy(outputs, targets)
         curvature.backward(loss, outputs)
-        optimizer.step(batch_size=len(inputs))
+        share = whole_batch(optimizer, len(inputs))
+        optimizer.step()
 
-        mean = loss.detach() / processes  # only to be looked at
-        distributed.all_reduce(mean)
-        losses.append(mean.item())
+        losses.append(share.loss(lambda loss=loss: loss.item()))  # only to be looked at
         if i == 0:
             print(f"step {step:3}: loss {losses[-1]:.5f}", flush=True)
             if checkpoint:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from cgn_tutorial.cgn import BlockSolve
+from cgn_tutorial.cgn import Solve
 
 __all__ = ["History", "accuracy", "default_device", "train"]
 
@@ -55,12 +55,12 @@ class History:
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    solves: list[list[BlockSolve]] = field(default_factory=list)
+    solves: list[dict[tuple[str, ...], Solve]] = field(default_factory=list)
 
     @property
     def products(self) -> list[int]:
         """Curvature products per step."""
-        return [sum(solve.products for solve in solves) for solves in self.solves]
+        return [sum(solve.products for solve in solves.values()) for solves in self.solves]
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
             torch.accelerator.synchronize()
         history.seconds.append(time.perf_counter() - start)
         history.accuracy.append(accuracy(outputs, targets))
-        history.solves.append(list(getattr(optimizer, "solves", [])))
+        history.solves.append(getattr(optimizer, "solves", {}))
         del loss, outputs  # else their graph lives on while the next one is built
         if log_every and i % log_every == 0:
             bar.write(

@@ -1,0 +1,153 @@
+"""Damping that adapts to how well the quadratic model of a step foretells the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from cgn_tutorial.cgn import CGNOptimizer
+
+__all__ = ["LevenbergMarquardt"]
+
+# Changes of the loss that are smaller than this many roundings of the loss say nothing.
+LOSS_ROUNDINGS = 10
+
+
+class LevenbergMarquardt:
+    """Damping that adapts to how well the quadratic model foretells the loss.
+
+    After a step v, the change of the loss is compared with the change that the damped model
+    predicts,
+
+        ρ = (L(x + γv) − L(x)) / q(γv),
+
+    and the damping of all parameters follows: λ ← 2/3 λ if ρ > 3/4, as the model is good, and
+    λ ← 3/2 λ if ρ < 1/4, as the model is not. A step after which the loss is not lower is taken
+    back. L is the loss and the penalty of the optimizer's `weight_decay`.
+
+    Judge the step on the batch of the gradient and the curvature, a large batch of several hundred
+    samples: judged on another batch, the λ of most runs in the tutorial grew until nothing moved.
+    Solve for the whole network as one block, with γ = 1 and a warm start: the model of several
+    blocks does not know what the blocks do to each other.
+
+    Args:
+        optimizer: What takes the steps.
+        minimum: The least λ.
+        buffers: Tensors that evaluating the loss changes, such as `model.buffers()` of a model with
+            BatchNorm in train mode. Their values before an evaluation are put back after it.
+
+    Attributes:
+        optimizer: As given.
+        minimum: As given.
+
+    Note:
+        The ratio compares two losses, so both must be losses of the same function. Dropout draws
+        another function for each evaluation: seed both evaluations alike, or leave dropout out.
+
+    Example:
+        >>> from cgn_tutorial import GGN
+        >>> model = torch.nn.Linear(2, 3)
+        >>> curvature = GGN([model.parameters()])
+        >>> optimizer = CGNOptimizer(model.parameters(), curvature, lr=1.0, warm_start=0.95)
+        >>> adaptive = LevenbergMarquardt(optimizer)
+        >>> inputs, targets = torch.randn(500, 2), torch.randint(3, (500,))
+        >>> def evaluate():
+        ...     return torch.nn.functional.cross_entropy(model(inputs), targets)
+        >>> for _ in range(5):
+        ...     optimizer.zero_grad()
+        ...     outputs = model(inputs)
+        ...     loss = torch.nn.functional.cross_entropy(outputs, targets)
+        ...     _ = curvature.backward(loss, outputs)
+        ...     rho = adaptive.step(loss, evaluate)
+
+    Source:
+        Martens, "Deep learning via Hessian-free optimization" (2010), after Levenberg (1944) and
+        Marquardt (1963).
+    """
+
+    def __init__(
+        self, optimizer: CGNOptimizer, minimum: float = 1e-4, buffers: Iterable[Tensor] = ()
+    ) -> None:
+        if not 0 <= minimum < math.inf:
+            raise ValueError(f"minimum must be finite and at least 0, but is {minimum}.")
+        self.optimizer = optimizer
+        self.minimum = minimum
+        self._buffers = list(buffers)
+
+    def step(self, loss: Tensor | float, evaluate: Callable[[], Tensor | float]) -> float:
+        """Let the optimizer step, then adapt its damping, and take the step back if it did harm.
+
+        Args:
+            loss: The loss before the step, whose gradients and products are there.
+            evaluate: Computes the same loss again, on the same batch. Gradients are on or off as
+                they are for the caller, so that `evaluate` may differentiate.
+
+        Returns:
+            The ratio ρ. It is −∞ if the loss after the step was not finite, and NaN if both
+            changes are lost in the rounding of the loss; then λ stays.
+
+        Raises:
+            RuntimeError: As the optimizer's `step()`.
+            Exception: What `evaluate` raises. In either case parameters, λ and the optimizer's
+                state are as before the step; a gradient and a product serve one step all the same.
+        """
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        state = {p: dict(values) for p, values in self.optimizer.state.items()}
+        start = _number(loss) + self._penalty()
+        self.optimizer.step()
+        try:
+            change = self._evaluated(evaluate) + self._penalty() - start
+        except BaseException:
+            _copy(before, parameters)
+            self.optimizer.state.clear()
+            self.optimizer.state.update(state)
+            raise
+
+        predicted = self.optimizer.predicted
+        rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
+        eps = max((torch.finfo(p.dtype).eps for p in parameters), default=0.0)
+        if max(abs(change), abs(predicted)) <= LOSS_ROUNDINGS * eps * abs(start):
+            rho = math.nan
+        if not change < 0:
+            _copy(before, parameters)
+            self.optimizer.state.clear()  # the next solve must not start from a step that failed
+        for group in groups:
+            if rho > 3 / 4:
+                group["damping"] = max(group["damping"] * 2 / 3, self.minimum)
+            elif rho < 1 / 4:
+                group["damping"] = max(group["damping"], self.minimum) * 3 / 2
+        return rho
+
+    def _evaluated(self, evaluate: Callable[[], Tensor | float]) -> float:
+        """The loss, with the buffers put back."""
+        before = [buffer.clone() for buffer in self._buffers]
+        try:
+            return _number(evaluate())
+        finally:
+            _copy(before, self._buffers)
+
+    def _penalty(self) -> float:
+        """The penalty ½ Σ μ‖x‖² of the optimizer's weight decay."""
+        total = 0.0
+        for group in self.optimizer.param_groups:
+            if group["weight_decay"]:
+                squares = [p.detach().double().square().sum() for p in group["params"]]
+                total += group["weight_decay"] / 2 * float(sum(squares))
+        return total
+
+
+def _number(loss: Tensor | float) -> float:
+    """The value of a loss."""
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], tensors: list[Tensor]) -> None:
+    """Put values back into tensors."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
