@@ -26,7 +26,9 @@ class Defaults(SphinxDirective):
         name = self.arguments[0]
         documented = getattr(cgn_tutorial, name)
         arguments = inspect.signature(documented).parameters.values()
-        shown = ", ".join(f"`{a.name}={a.default!r}`" for a in arguments if a.default is not a.empty)
+        shown = ", ".join(
+            f"`{a.name}={a.default!r}`" for a in arguments if a.default is not a.empty
+        )
         role = "class" if inspect.isclass(documented) else "func"
         return self.parse_text_to_nodes(f":{role}:`~cgn_tutorial.{name}`: {shown}")
 

@@ -1,7 +1,7 @@
 """What the site adds to Sphinx-Gallery, which has no settings for it.
 
 Pages run again when the package changed. Notebooks work away from the site: their folds are HTML,
-their links lead to the site or to other notebooks. One archive has the package beside all downloads.
+their links lead to the site or to other notebooks. One archive has all downloads and the package.
 Source that a page prints is highlighted, and a page says what it ran on.
 """
 

@@ -1,4 +1,8 @@
-"""What a page's head tells search engines, shared links and, for 404.html, the browser."""
+"""What a page's head tells search engines, shared links and, for 404.html, the browser.
+
+`sphinxext-opengraph` writes formulas into a description as LaTeX, and a page's address if the site has none.
+`sphinx-notfound-page` wants links from the root of one host, which no file system has.
+"""
 
 from __future__ import annotations
 

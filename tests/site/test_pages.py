@@ -117,7 +117,7 @@ def test_page(path, address, visit, tally, request):
     http = address.startswith("http")
     page = visit(f"{address}/{path}")
     looks = []
-    for width in WIDTHS if http else WIDTHS[:1]:  # where a page comes from does not change its layout
+    for width in WIDTHS if http else WIDTHS[:1]:  # the address does not change the layout
         page.set_viewport_size({"width": width, "height": 900})
         for theme in THEMES:
             page.emulate_media(color_scheme=theme)
