@@ -1,9 +1,11 @@
 """Formulas as MathML: browsers show them without a script, a stylesheet or a network.
 
-KaTeX translates them while the site is built, in a Node process of our own: the server that
-`sphinxcontrib.katex.render_latex` starts is asked between its bind and its listen, which refused 5 of
-40 connections on a busy machine, and each of them left a process behind. The formulas' font, STIX Two Math, is cut down to the
+KaTeX translates them while the site is built. Their font, STIX Two Math, is cut down to the
 characters that the written pages use.
+
+KaTeX runs in a Node process of our own. `sphinxcontrib.katex.render_latex` connects to its server
+between the server's bind and listen: on a busy machine 5 of 40 connections were refused, which
+stops a build at random, and each left a process behind.
 """
 
 from __future__ import annotations
