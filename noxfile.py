@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,8 @@ OLDEST_PYTHON = PYPROJECT["project"]["requires-python"].removeprefix(">=")
 SOURCE = "docs"
 SITE = "docs/_build/html"
 WHEEL = "docs/_build/wheel"
-EXPECTED = "docs/_build/expected.json"
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+THREAD = {"OMP_NUM_THREADS": "1"}  # networks this small are hardly faster on two
 
 
 def install(session: nox.Session, *groups: str, options: Sequence[str] = ()) -> None:
@@ -30,28 +30,32 @@ def install(session: nox.Session, *groups: str, options: Sequence[str] = ()) -> 
     session.install(*options, "-e", ".", *nox.project.dependency_groups(PYPROJECT, *groups))
 
 
-def build_wheel(session: nox.Session) -> None:
-    """Build the wheel that the site offers, in place of an earlier one."""
-    shutil.rmtree(WHEEL, ignore_errors=True)
-    for earlier in Path(SITE).glob("*.whl"):
-        earlier.unlink()
-    session.run(
-        "hatchling", "build", "--target", "wheel", "--directory", str(Path(WHEEL).resolve())
-    )
+def install_wheel(session: nox.Session, *groups: str) -> None:
+    """Build the wheel that the site offers, and install it, not the source: downloads get no more.
+
+    Args:
+        session: The session, whose environment gets the wheel.
+        groups: The dependency groups to install, one of which has hatchling, which builds.
+    """
+    session.install(*nox.project.dependency_groups(PYPROJECT, *groups))
+    folder = Path(WHEEL).resolve()
+    options = ("--clean", "--target", "wheel", "--directory", str(folder))
+    session.run_install("hatchling", "build", *options)
+    session.install(*map(str, folder.glob("*.whl")))
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     install(session, "tests")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs, env=THREAD)
 
 
 @nox.session(python=OLDEST_PYTHON, venv_backend="uv", reuse_venv=False)
 def lowest(session: nox.Session) -> None:
-    """Run the tests with the oldest versions that pyproject.toml allows."""
+    """Run what versions can break with the oldest that pyproject.toml allows."""
     install(session, "tests", options=("--resolution", "lowest-direct"))
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-m", "versions", *PARALLEL, *session.posargs, env=THREAD)
 
 
 @nox.session
@@ -68,10 +72,11 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the site, docs/_build/html/index.html, running the tutorial's pages that changed."""
-    install(session, "docs")
-    build_wheel(session)
-    session.run("sphinx-build", "-W", "-n", "-b", "html", SOURCE, SITE, *session.posargs)
-    session.run("python", "tests/site/expected.py", EXPECTED)  # here, where there is torch
+    install_wheel(session, "docs")
+    for earlier in Path(SITE).glob("*.whl"):
+        earlier.unlink()
+    options = ("-W", "-n", "-b", "html", *session.posargs)
+    session.run("sphinx-build", *options, SOURCE, SITE, env=THREAD)
 
 
 @nox.session(name="docs-live")
@@ -79,7 +84,6 @@ def docs_live(session: nox.Session) -> None:
     """Build the site, serve it, and build it again whenever a file changes."""
     install(session, "docs")
     session.install("sphinx-autobuild>=2024.10")
-    build_wheel(session)
     watched = [arg for folder in ("src", "examples") for arg in ("--watch", folder)]
     written = ("*/docs/auto_examples/*", "*/docs/api/*", "*.dark.svg")
     ignored = [arg for pattern in written for arg in ("--ignore", pattern)]
@@ -88,7 +92,7 @@ def docs_live(session: nox.Session) -> None:
 
 @nox.session
 def downloads(session: nox.Session) -> None:
-    """Run what the built site offers for download, with nothing of the project but its wheel."""
+    """Try what the built site offers for download, with nothing of the project but its wheel."""
     wheels = list(Path(SITE).glob("*.whl"))
     if not wheels:
         session.error(f"{SITE} has no wheel: build the site first, nox -s docs")
@@ -115,22 +119,21 @@ def experiments(session: nox.Session) -> None:
 @nox.session
 def site(session: nox.Session) -> None:
     """Look at every page of the built site in a browser; arguments go to pytest."""
-    session.install(*nox.project.dependency_groups(PYPROJECT, "site"))
-    session.run("pytest", "--confcutdir=tests/site", "tests/site", *session.posargs)
+    install(session, "site")
+    session.run("pytest", "--confcutdir=tests/site", *PARALLEL, "tests/site", *session.posargs)
 
 
 @nox.session
 def linkcheck(session: nox.Session) -> None:
     """Follow the site's links to other sites, which needs a network."""
-    install(session, "docs")
+    install_wheel(session, "docs")
     session.run("sphinx-build", "-b", "linkcheck", SOURCE, "docs/_build/linkcheck")
 
 
 @nox.session
 def rebuild(session: nox.Session) -> None:
     """Check what a second build of a small site runs again, and what a failing page leaves."""
-    install(session, "docs")
-    session.install("pytest>=8.4")
+    install_wheel(session, "docs", "rebuild")
     session.run("pytest", "--verbose", "--noconftest", "tests/test_rebuild.py", *session.posargs)
 
 

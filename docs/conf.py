@@ -53,6 +53,23 @@ napoleon_custom_sections = [("Source", "notes_style")]
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre, pre.literal-block"
 
+# A notebook's first cell, with the address of the wheel, or its file's name where there is none.
+site = os.environ.get("SITE_URL", "").rstrip("/")
+html_baseurl = f"{site}/" if site else ""
+install = f"""\
+# Install the package where it is missing{"" if site else ", from its wheel beside this notebook"}.
+from importlib import metadata
+
+try:
+    installed = metadata.version("cgn-tutorial")
+except metadata.PackageNotFoundError:
+    %pip install --quiet {html_baseurl}{wheel}
+else:
+    if installed != "{version}":
+        print(f"cgn-tutorial {{installed}} is installed; this notebook ran with {version}.")
+        print("To install that: %pip install {html_baseurl}{wheel}, and restart the kernel.")
+"""
+
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
@@ -63,6 +80,9 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "write_computation_times": False,
     "min_reported_time": 0,
+    "parallel": 2,  # pages at a time, on one thread each: networks this small need no more
+    "first_notebook_cell": install,
+    "promote_jupyter_magic": False,
     "show_signature": False,
     "remove_config_comments": True,
     "doc_module": ("cgn_tutorial",),
@@ -86,9 +106,6 @@ html_css_files = ["site.css"]
 html_sidebars: dict[str, list[str]] = {
     page: [] for page in ("api", "benchmarks", "contributing", "experiments", "misuse", "notation")
 }  # no subpages
-html_baseurl = os.environ.get("SITE_URL", "")
-if html_baseurl:
-    html_baseurl = html_baseurl.rstrip("/") + "/"
 rst_epilog = f"""
 .. |wheel| replace:: {html_baseurl}{wheel}
 .. _wheel: {wheel}

@@ -1,9 +1,12 @@
-"""The directive `defaults`: the arguments of a signature, and their defaults."""
+"""The directive `defaults`: the arguments of a signature, and their defaults, in one paragraph.
+
+Autodoc's directives show a whole docstring below a signature, which a page to print has no room
+for.
+"""
 
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 from docutils import nodes
@@ -13,26 +16,20 @@ from sphinx.util.docutils import SphinxDirective
 import cgn_tutorial
 
 
-def defaults(name: str) -> dict[str, str]:
-    """The arguments of a function or class of the package that have a default, and the default."""
-    written = {}
-    for argument in inspect.signature(getattr(cgn_tutorial, name)).parameters.values():
-        if argument.default is not argument.empty:
-            value = argument.default
-            written[argument.name] = "inf" if value == math.inf else repr(value)
-    return written
-
-
 class Defaults(SphinxDirective):
     """Show the defaults of a function or class of the package: `.. defaults:: cg`."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Write them in one paragraph."""
+        """Write them."""
         name = self.arguments[0]
-        shown = ", ".join(f"`{key}={value}`" for key, value in defaults(name).items())
-        role = "class" if inspect.isclass(getattr(cgn_tutorial, name)) else "func"
+        documented = getattr(cgn_tutorial, name)
+        arguments = inspect.signature(documented).parameters.values()
+        shown = ", ".join(
+            f"`{a.name}={a.default!r}`" for a in arguments if a.default is not a.empty
+        )
+        role = "class" if inspect.isclass(documented) else "func"
         return self.parse_text_to_nodes(f":{role}:`~cgn_tutorial.{name}`: {shown}")
 
 

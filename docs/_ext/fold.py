@@ -2,35 +2,38 @@
 
 On a page of the gallery, code that begins with a comment is folded under it, with its output where
 that is long. So is the source of a long function that a page prints. The directive `fold` folds
-what a page says:
+what a page says, and a notebook gets it as HTML:
 
     .. fold:: Why does the step have no minus sign?
 
        The answer.
 
-No script is needed; browsers open a fold in which they find what the reader searches for.
+No script is needed; browsers open a fold in which they find what the reader searches for. Sphinx's
+own, an admonition with `:collapsible:`, is a box with a frame, a shadow and a sign, which the theme
+would have to be told to leave out; the one of sphinx-design loads a stylesheet and a script.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from textwrap import dedent
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-from sphinx.writers.html5 import HTML5Translator
 
 LONG = 25  # lines of an output, beyond which it may fold
 
 
-class fold(nodes.container):  # type: ignore[misc]  # noqa: N801, as docutils names nodes
-    """What opens, below a `fold_line`."""
-
-
-class fold_line(nodes.TextElement):  # type: ignore[misc]  # noqa: N801
-    """The line that stays: what is folded."""
+def fold(line: Iterable[nodes.Node], content: Iterable[nodes.Node]) -> list[nodes.Node]:
+    """The content, folded under the line, which stays."""
+    opened, between, closed = (
+        nodes.raw("", html, format="html")
+        for html in ('<details class="fold">\n<summary>', "</summary>\n", "</details>\n")
+    )
+    return [opened, *line, between, *content, closed]
 
 
 class Fold(SphinxDirective):
@@ -42,9 +45,8 @@ class Fold(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Parse the line and the content."""
-        text = " ".join(self.arguments[0].split())
-        inline, messages = self.state.inline_text(text, self.lineno)
-        return [fold("", fold_line(text, "", *inline), *self.parse_content_to_nodes(), *messages)]
+        line, messages = self.parse_inline(" ".join(self.arguments[0].split()))
+        return fold(line, [*self.parse_content_to_nodes(), *messages])
 
 
 def fold_code(app: Sphinx, doctree: nodes.document) -> None:
@@ -67,9 +69,7 @@ def fold_code(app: Sphinx, doctree: nodes.document) -> None:
             elif below_a_fold:
                 title = f"Output, {length} lines"
         if title:
-            folded = fold("", fold_line("", "", nodes.Text(title.rstrip("."))))
-            block.replace_self(folded)
-            folded += block
+            block.parent.replace(block, fold([nodes.Text(title.rstrip("."))], [block]))
 
 
 def to_html(text: str) -> str:
@@ -86,30 +86,8 @@ def to_html(text: str) -> str:
     )
 
 
-def visit_fold(self: HTML5Translator, node: fold) -> None:
-    """Open the element."""
-    self.body.append('<details class="fold">\n')
-
-
-def depart_fold(self: HTML5Translator, node: fold) -> None:
-    """Close the element."""
-    self.body.append("</details>\n")
-
-
-def visit_line(self: HTML5Translator, node: fold_line) -> None:
-    """Open the line."""
-    self.body.append("<summary>")
-
-
-def depart_line(self: HTML5Translator, node: fold_line) -> None:
-    """Close the line."""
-    self.body.append("</summary>\n")
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Register the directive, the elements, and what folds code."""
-    app.add_node(fold, html=(visit_fold, depart_fold))
-    app.add_node(fold_line, html=(visit_line, depart_line))
+    """Register the directive, and what folds code."""
     app.add_directive("fold", Fold)
     app.connect("doctree-read", fold_code)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,8 @@
-"""What the site adds to Sphinx-Gallery.
+"""What the site adds to Sphinx-Gallery, which has no settings for it.
 
-Pages run again when the package changed, notebooks work away from the site, one archive has all
-downloads, and code that a page prints is highlighted.
+Pages run again when the package changed. Notebooks work away from the site: their folds are HTML,
+their links lead to the site or to other notebooks. One archive has all downloads and the package.
+Source that a page prints is highlighted, and a page says what it ran on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import re
+from importlib import metadata
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -22,43 +24,30 @@ import torch
 from docutils import nodes
 from fold import to_html
 from sphinx.application import Sphinx
-from sphinx.config import Config
 from sphinx_gallery.downloads import generate_zipfiles
-from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
 from sphinx_gallery.notebook import jupyter_notebook
 from sphinx_gallery.py_source_parser import split_code_and_text_blocks
 from sphinx_gallery.utils import zip_files
 
+import cgn_tutorial
 from cgn_tutorial.pages import default_device
 
 FIGURES = Path(__file__).with_name("figures.py")
-
-#: A notebook's first cell, with the address of the wheel, or its file's name where there is none.
-INSTALL = """\
-# Install the package where it is missing{place}.
-from importlib import metadata
-
-try:
-    installed = metadata.version("cgn-tutorial")
-except metadata.PackageNotFoundError:
-    %pip install --quiet {address}{wheel}
-else:
-    if installed != "{version}":
-        print(f"cgn-tutorial {{installed}} is installed; this notebook ran with {version}.")
-        print("To install that: %pip install {address}{wheel}, and restart the kernel.")
-"""
 
 
 def forget_results(app: Sphinx) -> None:
     """Make every page run again if the package, or how figures are saved, changed since they ran.
 
     Sphinx-Gallery compares each page's own text with the sum it left beside its result, and runs
-    those that differ; it knows nothing of what the pages import.
+    those that differ; it knows nothing of what the pages import. What they ran with stays written
+    beside the results.
     """
     gallery = Path(app.srcdir) / "auto_examples"
     stamp = gallery / ".package"
+    installed = "site-packages" in Path(cgn_tutorial.__file__).parts
+    package = f"wheel {metadata.version('cgn-tutorial')}" if installed else "source"
     figures = hashlib.sha256(FIGURES.read_bytes()).hexdigest()
-    digest = f"{app.config.release} {figures}"
+    digest = f"{package}\n{app.config.release} {figures}"
     if stamp.exists() and stamp.read_text() == digest:
         return
     for md5 in gallery.rglob("*.md5"):
@@ -70,34 +59,27 @@ def forget_results(app: Sphinx) -> None:
 def write_notebooks(app: Sphinx) -> None:
     """Write the notebooks in place of Sphinx-Gallery's, and pack the downloads again."""
     gallery = Path(app.srcdir) / "auto_examples"
+    conf = app.config.sphinx_gallery_conf
     for page in gallery.glob("plot_*.py"):
-        made = json.dumps(notebook(page, app.config), indent=1)
+        made = json.dumps(notebook(page, conf, app.config.html_baseurl), indent=1)
         path = page.with_suffix(".ipynb")
         if not path.exists() or path.read_text() != made:
             path.write_text(made)
             zip_files([page, path], page.with_suffix(".zip"), gallery)
-    generate_zipfiles(gallery, app.srcdir, app.config.sphinx_gallery_conf)
+    generate_zipfiles(gallery, app.srcdir, conf)
 
 
-def notebook(page: Path, config: Config) -> dict[str, Any]:
-    """A page as a notebook, whose first cell installs the package.
+def notebook(page: Path, conf: dict[str, Any], address: str) -> dict[str, Any]:
+    """A page as a notebook.
 
     Args:
         page: The page's source.
-        config: The site's: its address, with a slash at its end, or nothing; the package's version;
-            the name of its wheel at that address.
+        conf: The settings of Sphinx-Gallery.
+        address: The site's address, with a slash at its end, or nothing.
 
     Returns:
         The notebook, as JSON has it.
     """
-    address = config.html_baseurl
-    place = "" if address else ", from its wheel beside this notebook"
-    conf = DEFAULT_GALLERY_CONF | {
-        "first_notebook_cell": INSTALL.format(
-            place=place, address=address, wheel=config.wheel, version=config.release
-        ),
-        "promote_jupyter_magic": False,
-    }
     _, blocks = split_code_and_text_blocks(str(page))
     blocks = [
         block._replace(content=to_html(block.content)) if block.type == "text" else block
@@ -117,6 +99,14 @@ def notebook(page: Path, config: Config) -> dict[str, Any]:
     return made
 
 
+def _absolute(text: str, target: str, page: Path, address: str) -> str:
+    """A link within the site as a notebook has it: with the address, or to another notebook."""
+    if address:
+        return f"[{text}]({urljoin(f'{address}auto_examples/{page.stem}.html', target)})"
+    other = target.partition("#")[0].replace(".html", ".ipynb")
+    return f"[{text}]({other})" if other.startswith("plot_") else text
+
+
 def pack_everything(app: Sphinx, exception: Exception | None) -> None:
     """Pack everything that the site offers for download into one archive."""
     if exception or app.builder.format != "html":
@@ -128,14 +118,6 @@ def pack_everything(app: Sphinx, exception: Exception | None) -> None:
         for file in sorted(files):
             entry = ZipInfo(file.name)  # without a date: the same files give the same bytes
             archive.writestr(entry, file.read_bytes(), compress_type=ZIP_DEFLATED)
-
-
-def _absolute(text: str, target: str, page: Path, address: str) -> str:
-    """A link within the site as a notebook has it: with the address, or to another notebook."""
-    if address:
-        return f"[{text}]({urljoin(f'{address}auto_examples/{page.stem}.html', target)})"
-    other = target.partition("#")[0].replace(".html", ".ipynb")
-    return f"[{text}]({other})" if other.startswith("plot_") else text
 
 
 def highlight_printed_source(app: Sphinx, doctree: nodes.document) -> None:
@@ -168,7 +150,8 @@ def machine() -> str:
     if (device := default_device()).type == "cpu":
         cpuinfo = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-        name = f"{os.cpu_count()} cores ({model[1] if model else platform.machine()})"
+        processor = model[1] if model else platform.machine()
+        name = f"{torch.get_num_threads()} of {os.cpu_count()} cores ({processor})"
     else:
         name = torch.get_device_module(device).get_device_name()
     return f"{name}, with PyTorch {torch.__version__.partition('+')[0]}"
@@ -176,7 +159,6 @@ def machine() -> str:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect all to the build, before Sphinx-Gallery looks at the pages, after it, and later."""
-    app.add_config_value("wheel", "", "html", str)
     app.connect("builder-inited", forget_results, priority=100)
     app.connect("builder-inited", write_notebooks, priority=900)
     app.connect("doctree-read", highlight_printed_source)

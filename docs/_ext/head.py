@@ -1,4 +1,8 @@
-"""What a page's head tells search engines, shared links and, for 404.html, the browser."""
+"""What a page's head tells search engines, shared links and, for 404.html, the browser.
+
+`sphinxext-opengraph` writes formulas into a description as LaTeX, and an address for a site without
+one. `sphinx-notfound-page` wants links from the root of a host, which no file system has.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 KaTeX translates them while the site is built. Their font, STIX Two Math, is cut down to the
 characters that the written pages use.
+
+KaTeX runs in a Node process of our own. `sphinxcontrib.katex.render_latex` connects to its server
+between the server's bind and listen: on a busy machine 5 of 40 connections were refused, which
+stops a build at random, and each left a process behind.
 """
 
 from __future__ import annotations

@@ -48,6 +48,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("address", ["http", "file"], indirect=True)
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["tally"] = dict(TALLY)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TALLY.update(getattr(node, "workeroutput", {}).get("tally", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("checked")
     for what, count in sorted(TALLY.items()):

@@ -1,5 +1,8 @@
 """What the built site offers for download works away from it, with nothing but the site's wheel.
 
+All pages ran with the wheel when the site was built, and a page's notebook and script are its
+program. Two notebooks and a script, the quick ones, run here again, in an empty folder.
+
 The package that the tests run with is the one that a notebook's first cell installs, here from a
 local server in place of the site's address.
 """
@@ -28,7 +31,8 @@ SOURCES = {page.name: page.read_bytes() for page in (ROOT / "examples").glob("pl
 SCRIPTS = sorted(SITE.glob("_downloads/*/plot_*.py"), key=lambda path: path.name)
 NOTEBOOKS = sorted(SITE.glob("_downloads/*/plot_*.ipynb"), key=lambda path: path.name)
 FILES = ["cgn.py", "curvature.py", "pages/train_parallel.py"]
-MAIN = "plot_3_matrix_free_optimization"
+QUICK = [path for path in NOTEBOOKS if re.match(r"plot_[16]_", path.name)]  # 6 starts processes
+(SCRIPT,) = (path for path in SCRIPTS if path.name.startswith("plot_2_"))
 VERSION = runpy.run_path(str(ROOT / "src" / "version.py"))["VERSION"]
 WHEEL = SITE / f"cgn_tutorial-{VERSION}-py3-none-any.whl"
 pages = functools.partial(pytest.mark.parametrize, ids=lambda path: path.name)
@@ -44,8 +48,15 @@ def prose(path):
     return re.sub(r"``.+?``|\$.+?\$", "", "\n\n".join(cells), flags=re.DOTALL)
 
 
+def shown(path):
+    """The lines of output that a script's page shows."""
+    page = (SITE / "auto_examples" / f"{path.stem}.html").read_text()
+    blocks = re.findall(r'<div class="sphx-glr-script-out.*?<pre>(.*?)</pre>', page, re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]+>", "", "\n".join(blocks))).splitlines()
+
+
 def execute(made, folder):
-    NotebookClient(made, timeout=900, resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(made, timeout=500, resources={"metadata": {"path": folder}}).execute()
     return [output for cell in made.cells for output in cell.get("outputs", [])]
 
 
@@ -120,6 +131,21 @@ def test_every_page_has_a_script_and_a_notebook():
     assert [path.stem for path in NOTEBOOKS] == [path.stem for path in SCRIPTS]
 
 
+def test_every_page_ran_with_the_wheel_and_not_with_the_source():
+    ran_with, _ = (ROOT / "docs" / "auto_examples" / ".package").read_text().splitlines()
+    assert ran_with == f"wheel {VERSION}"
+
+
+def test_no_page_wrote_a_file_where_it_ran():
+    known = {*SOURCES, "GALLERY_HEADER.rst", "ruff.toml", "__pycache__"}
+    assert {path.name for path in (ROOT / "examples").iterdir()} <= known
+
+
+@pages("path", SCRIPTS)
+def test_no_page_shows_a_warning(path):
+    assert [line for line in shown(path) if "Warning" in line] == []
+
+
 @pages("path", SCRIPTS)
 def test_a_script_is_the_source_that_the_build_ran(path):
     assert path.read_bytes() == SOURCES[path.name]
@@ -163,7 +189,7 @@ def test_a_notebooks_links_lead_somewhere_from_anywhere(path):
     assert [link for link in links if not link.startswith("http") and link not in notebooks] == []
 
 
-@pages("path", NOTEBOOKS)
+@pages("path", QUICK)
 def test_a_notebook_runs_in_an_empty_folder(path, tmp_path):
     outputs = execute(notebook(path), tmp_path)
     assert outputs
@@ -171,49 +197,21 @@ def test_a_notebook_runs_in_an_empty_folder(path, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def losses(text):
-    """The runs in the main page's log: the line before each, its losses and accuracies in turn."""
-    runs, previous = [], ""
-    number = re.compile(r"Iteration +(\d+)/ *50  Minibatch Loss (\S+)  Accuracy (\S+)$")
-    for line in text.splitlines():
-        if match := number.match(line):
-            step, *figures = match.groups()
-            if step == "0":
-                runs.append((previous, []))
-            runs[-1][1].extend(map(float, figures))
-        elif line.strip():
-            previous = line.strip()
-    return runs
-
-
-def test_the_main_script_runs_in_an_empty_folder_and_prints_the_pages_numbers(tmp_path):
-    (script,) = (path for path in SCRIPTS if path.stem == MAIN)
+def test_a_script_runs_in_an_empty_folder_and_prints_what_its_page_shows(tmp_path):
     finished = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", script],
+        [sys.executable, "-W", "error::UserWarning", SCRIPT],
         cwd=tmp_path,
-        env=os.environ | {"MPLBACKEND": "Agg"},
+        env=os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},  # as the site was built
         capture_output=True,
         text=True,
+        timeout=500,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     assert not list(tmp_path.iterdir())
-
-    page = (SITE / "auto_examples" / f"{MAIN}.html").read_text()
-    there = losses(html.unescape(re.sub(r"<[^>]+>", "", page)))
-    here = losses(finished.stdout)
-    labels = ["GGN", "Hessian", "PCH-abs", "PCH-clip"]
-    labels += [f"SGD, lr={lr}" for lr in ("10", "1", "0.1", "0.01", "0.001")]
-    assert [label for label, _ in here] == [label for label, _ in there] == labels
-    for (label, script_figures), (_, page_figures) in zip(here, there, strict=True):
-        assert len(script_figures) == len(page_figures) == 12
-        if label == "Hessian":  # chaotic with plain CG: only its first step is the same
-            assert script_figures[:2] == page_figures[:2]
-        else:
-            assert script_figures[::2] == pytest.approx(
-                page_figures[::2], abs=1e-4 if label.startswith("SGD") else 2e-3
-            )
-            assert script_figures[1::2] == pytest.approx(page_figures[1::2], abs=1 / 64 + 1e-5)
+    printed = [line.strip() for line in finished.stdout.splitlines() if line.strip()]
+    assert len(printed) >= 10
+    assert printed == [line.strip() for line in shown(SCRIPT) if line.strip()]
 
 
 def test_the_script_for_several_processes_trains_in_an_empty_folder(tmp_path):
@@ -226,7 +224,7 @@ def test_the_script_for_several_processes_trains_in_an_empty_folder(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
     )
     assert finished.returncode == 0, finished.stderr
     printed = re.findall(r"^step +(\d): loss 2\.\d{5}$", finished.stdout, re.MULTILINE)
