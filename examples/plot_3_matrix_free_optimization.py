@@ -714,7 +714,7 @@ with_ggn += [run(newton(GGNMP()), seed, log_every=None) for seed in (1, 2)]
 # weight and one for the bias of each of the four layers.
 
 stops = [
-    sum(solve.reason == "negative curvature" for solve in solves)
+    sum(solve.reason == "negative curvature" for solve in solves.values())
     for solves in stopping[0].solves
 ]
 share = sum(stops) / (8 * STEPS)

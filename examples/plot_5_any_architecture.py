@@ -818,7 +818,7 @@ length = {}
 for tol in (0.1, 0.01):
     result = cg(A, b, tol=tol)
     length[tol] = layer_norms(result.x) / exact
-    print(f"tol {tol}: {result.products} products")
+    print(f"tol {tol}: {result.solve.products} products")
 for i, name in enumerate(NAMES[:4]):
     lengths = [f"{length[tol][i]:.3f}" for tol in length]
     print(f"{name:8}: share {share[i]:.1e}, length", *lengths)
@@ -881,7 +881,10 @@ for seed in SEEDS:
     exact, loose = cg(A, b, tol=1e-6), cg(A, b, tol=0.1)
     missing = exact.x - loose.x
     along = [(p @ A(p) / (p @ p)).item() for p in (b, missing)]
-    part, reaped = loose.x.norm() / exact.x.norm(), loose.model / exact.model
+    part, reaped = (
+        loose.x.norm() / exact.x.norm(),
+        loose.solve.decrease / exact.solve.decrease,
+    )
     print(f"seed {seed}: length {part:.2f}, decrease {reaped:.2f}, ", end="")
     print(f"curvature {along[0]:.2f} and {along[1]:.4f}")
     assert part < 0.2 and reaped > 0.8
@@ -1030,8 +1033,10 @@ for kind in (GGN, Hessian):
     (product,) = products_of(kind, whole_network)
     b = -torch.cat([p.grad.flatten() for p in product.parameters])
     result = cg(damped(product, 1e-3), b, tol=0.01, maxiter=100)
-    reason[kind] = result.reason
-    print(f"{kind.__name__:7}: {result.reason}, {result.products} products")
+    reason[kind] = result.solve.reason
+    print(
+        f"{kind.__name__:7}: {result.solve.reason}, {result.solve.products} products"
+    )
 assert reason[GGN] != "negative curvature" == reason[Hessian]
 
 # %%
