@@ -160,30 +160,36 @@ assert min(gaps["BatchNorm"], gaps["dropout"]) > 1e-3
 assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 
 # %%
-# What has to be said, and what has not
-# -------------------------------------
+# What lies on the parameters
+# ---------------------------
 #
 # In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data
-# enter through :math:`g` and through the products alone. So the optimizer
-# averages these, and each process does all the rest for itself: its inner
-# products, step lengths and stopping test are the same in all of them, to the
-# last bit, since they start from the same numbers, which is checked before every
-# step. That takes one message per product, an all-reduce, and here it is.
-# (``share`` is :math:`n_i / N`. A process that fails has to go on answering, or
-# the others would wait for it; so it sends numbers that are not numbers, which
-# make all of them raise.)
+# enter through :math:`g` and through the products alone. So the processes
+# average these, and each process does all the rest for itself: inner products,
+# step lengths and the stopping test are the same in all processes, to the last
+# bit, if all start from the same numbers.
+#
+# The optimizer takes gradients and products from the parameters, where the
+# backward pass has left them. ``whole_batch`` replaces what lies there by
+# averages, between the backward pass and ``step()``. Nothing else changes. This
+# is the method that averages, by one message, an all-reduce. The attribute
+# ``weight`` is :math:`n_i / N`:
 
 import inspect
 from textwrap import dedent
 
-from cgn_tutorial import CGNOptimizer
+from cgn_tutorial import Share
 
-print(dedent(inspect.getsource(CGNOptimizer._mean)))
+print(dedent(inspect.getsource(Share.mean)))
 
 # %%
-# One option, ``process_group``, tells the optimizer of the other processes. An
-# argument of ``step``, ``batch_size``, tells it how many samples this process
-# has. The network is wrapped as always. This is the script's training loop:
+# For a product, ``compute`` is the product of this process, and ``like`` the
+# vector. A process that fails has to go on answering, or the others would wait
+# for it. So it sends numbers that are not numbers, which make all of them raise.
+#
+# ``whole_batch`` takes the optimizer, and the number of samples that this
+# process has. The network is wrapped as always. This is the script's training
+# loop:
 
 from cgn_tutorial.pages import train_parallel
 
@@ -192,7 +198,7 @@ print(inspect.getsource(train_parallel.train))
 # %%
 # With BackPACK's products, wrap the extended network,
 # ``DistributedDataParallel(extend(model))``, and not the other way round.
-# Without a wrapper, the optimizer averages the gradients, too. Then the shards
+# Without a wrapper, ``whole_batch`` averages the gradients, too. Then the shards
 # may also differ in size.
 #
 # Two processes, for real
@@ -238,7 +244,7 @@ print(" ".join(f"{loss:.3f}" for loss in two[::4]))
 # each batch in another order, which changes nothing but the order in which they
 # are added up.
 
-from cgn_tutorial import layers
+from cgn_tutorial import CGNOptimizer, layers
 from cgn_tutorial.pages import make_model
 
 images, labels = load_mnist().tensors
@@ -329,7 +335,7 @@ assert two[-1] < 1
 # they go on from the checkpoint, to the same result. (The first line keeps the
 # new processes from looking for each other where the old ones were.)
 #
-# The processes compare their options and their parameters before each step. One
+# ``whole_batch`` compares the options and the parameters of all processes. One
 # that has drifted away, for instance from another seed or without the checkpoint,
 # makes all of them raise.
 #
