@@ -140,8 +140,8 @@ def cg(
         after Greenbaum, "Estimating the attainable accuracy of recursively computed residual
         methods" (1997).
     """
-    options = {"maxiter": maxiter, "tol": tol, "atol": atol}
-    _check_options(options | {"negative_curvature": negative_curvature})
+    options = dict(maxiter=maxiter, tol=tol, atol=atol, negative_curvature=negative_curvature)
+    _check_options(options)
     if not isinstance(b, Tensor):
         raise TypeError(f"b must be a tensor, not {type(b).__name__}.")
     if not b.is_floating_point():
@@ -620,12 +620,8 @@ class CGNOptimizer(Optimizer):
                 f"No Newton step for the block of {names[p]}: {names.get(member, 'a parameter')} "
                 f"{fault}. Nothing has been changed."
             )
-        block = Block(
-            names=tuple(names[member] for member in members),
-            parameters=members,
-            groups=tuple(groups[member] for member in members),
-            product=product,
-        )
+        own = tuple(groups[member] for member in members)
+        block = Block(tuple(names[member] for member in members), members, own, product)
         for option in _BLOCK_OPTIONS:
             _check_agreement(option, "within a block", [block])
         return block

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ __all__ = [
     "GGN",
     "BlockProduct",
     "Curvature",
+    "Extension",
     "Hessian",
+    "Product",
     "check_products",
     "layers",
     "restrict",
@@ -42,6 +44,36 @@ Tensors = Sequence[Tensor]
 Push = Callable[[Tensor], Tensor]
 Multiply = Callable[[Tensors, Tensors], Tensors]  # (block, v) ↦ C v
 Outputs = Tensor | Tensors | Mapping[str, Any]
+
+
+class Extension(Protocol):
+    """What leaves curvature products on parameters: a `Curvature`, BackPACK's extensions, your own.
+
+    Attributes:
+        savefield: The name of the attribute that carries a parameter's product after a backward
+            pass, a `Product` or a function over this parameter alone.
+    """
+
+    savefield: str
+
+
+class Product(Protocol):
+    """The product of vectors with a block of the curvature matrix, over several parameters.
+
+    Each parameter of the block carries the same product. A function without `parameters` is a
+    product over the one parameter p that carries the function, `[V, *p.shape] → [V, *p.shape]`, as
+    BackPACK leaves it.
+
+    Attributes:
+        parameters: The parameters of the block. Their n numbers, concatenated in this order, are
+            the unknowns of the block's system.
+    """
+
+    @property
+    def parameters(self) -> Tensors: ...  # noqa: D102
+
+    def __call__(self, v: Tensor, /) -> Tensor:
+        """Multiply each of the V rows of v, `[V, n] → [V, n]`."""
 
 
 def layers(model: nn.Module) -> list[list[Tensor]]:
@@ -105,7 +137,8 @@ class BlockProduct:
             except RuntimeError as error:
                 raise RuntimeError(_explanation(str(error))) from error
             Cv_i.copy_(torch.cat([product.reshape(-1) for product in products]))
-        if not Cv.isfinite().all() and v.isfinite().all():
+        # Elsewhere this would wait for the device; there, cg finds the numbers, without a remedy.
+        if Cv.is_cpu and not Cv.isfinite().all() and v.isfinite().all():
             raise RuntimeError(_NOT_FINITE)
         return Cv
 
@@ -424,7 +457,7 @@ def restrict(extension: Any, masks: Mapping[Tensor, Tensor]) -> None:
 
 
 def check_products(
-    products: Iterable[Any],
+    products: Iterable[Product],
     *,
     positive: bool = False,
     probes: int = 3,
