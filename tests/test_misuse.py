@@ -216,13 +216,16 @@ def test_scaled_loss_scales_gradients_and_products(products):
     assert weights == pytest.approx([2 / 7, 2 / 7])
 
 
-@backpack_alone
-def test_gradient_scaler_works(session):
+@both
+def test_gradient_scaler_raises(session):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     session.backward(scaler.scale(session.loss()))
-    with pytest.warns(UserWarning, match=MODIFIED):
-        scaler.step(session.optimizer)  # divides the gradient; BackPACK's products have no scale
-    assert session.weights() == [0.0]
+    with pytest.raises(RuntimeError, match="compute gradients and products from the loss itself"):
+        scaler.step(session.optimizer)
+    assert session.weights() == [1.0]
+    session.optimizer.zero_grad()
+    session.backward()  # of the loss itself, as the message says
+    assert session.step() == 0.0
 
 
 @backpack_alone
@@ -588,7 +591,7 @@ def test_several_processes_raise(session, monkeypatch):
     session.backward()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    session.refuses(RuntimeError, r"torch\.distributed runs 2")
+    session.refuses(RuntimeError, r"torch\.distributed runs several.*whole_batch")
 
 
 @autograd_alone
@@ -705,9 +708,8 @@ def test_page_shows_the_numbers_it_computes():
 
 def test_page_has_a_row_for_each_test_and_each_wrong_number():
     page = PAGE.read_text(encoding="utf-8")
-    rows = re.findall(r"^   \* - (.+)\n     - (.+)\n     - (.+)\n     - (.+)$", page, re.MULTILINE)
     named, sections = {}, set()
-    for case, products, outcome, check in rows[1:]:
+    for case, products, outcome, check in rows(page, columns=4)[1:]:
         assert not case.lower().startswith("the same")
         if outcome.startswith("**wrong number**"):
             sections.add(re.fullmatch(r"`(.+)`_", check)[1])
@@ -720,4 +722,26 @@ def test_page_has_a_row_for_each_test_and_each_wrong_number():
         if name.startswith("test_") and "_page_" not in name
     }
     assert named == tests
+    sections |= set(re.findall(r"`(.+)`_$", table_of_options(page), re.MULTILINE))
     assert sections == set(re.findall(r"^(.+)\n~+$", page, re.MULTILINE))
+
+
+def test_page_names_tests_of_options_that_exist():
+    table = rows(table_of_options(PAGE.read_text(encoding="utf-8")), columns=3)[1:]
+    named = {check.strip("`") for *_, check in table if check.startswith("`test_")}
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("optimizer", "damping", "cg")]
+    sources = "".join(file.read_text(encoding="utf-8") for file in files)
+    tests = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+    assert len(named) > 20
+    assert named <= tests
+
+
+def table_of_options(page: str) -> str:
+    """The section with the tests of other files."""
+    return re.search(r"\nOptions and solves\n-+\n(.+?)\n\n\w[^\n]+\n---", page, re.DOTALL)[1]
+
+
+def rows(page: str, columns: int) -> list[tuple[str, ...]]:
+    """The rows of all tables with so many columns."""
+    row = r"^   \* - (.+)\n" + r"     - (.+)\n" * (columns - 1) + r"(?!     )"
+    return re.findall(row, page + "\n", re.MULTILINE)
