@@ -7,7 +7,7 @@ from cgn_tutorial import CGNOptimizer
 
 def log_solves(writer: Any, optimizer: CGNOptimizer, step: int) -> None:
     """Write what the solves of the last step did."""
-    for solve in optimizer.solves:
-        writer.add_scalar(f"products/{solve.names[0]}", solve.products, step)
-        writer.add_scalar(f"converged/{solve.names[0]}", solve.converged, step)
+    for (name, *_), solve in optimizer.solves.items():
+        writer.add_scalar(f"products/{name}", solve.products, step)
+        writer.add_scalar(f"converged/{name}", solve.converged, step)
     writer.add_scalar("predicted", optimizer.predicted, step)

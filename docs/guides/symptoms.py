@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from cgn_tutorial import GGN, CGNOptimizer, layers
+from cgn_tutorial import GGN, CGNOptimizer, Solve, layers
 
 make_table = runpy.run_path(str(Path(__file__).parent / "loops" / "table.py"))["make_table"]
 
 
 def fit(
     seed: int, *, steps: int = 30, batch: int = 256, fall: bool = False, **options: Any
-) -> tuple[list[float], list[Any]]:
-    """The loss on all rows before and after each step, and the solves of each step.
+) -> tuple[list[float], list[dict[tuple[str, ...], Solve]]]:
+    """The loss on all rows before and after each step, and the solves of each step, by block.
 
     With `fall`, the step size falls to zero.
     """
