@@ -275,16 +275,9 @@ assert typical("CGN + Adam", "steps") < typical("Adam", "steps")
 #    \rho = \frac{L(x + \gamma v) - L(x)}{q(\gamma v) - q(0)} ,
 #
 # lower :math:`\lambda` by a third if :math:`\rho > 3/4`, raise it by a half if
-# :math:`\rho < 1/4`, and take the step back if the loss rose. It goes around the
-# optimizer's step:
-
-import inspect
-
-from cgn_tutorial import LevenbergMarquardt
-
-print(inspect.getsource(LevenbergMarquardt.step))
-
-# %%
+# :math:`\rho < 1/4`, and take the step back if the loss rose. In the package,
+# ``LevenbergMarquardt(optimizer).step(loss, evaluate)`` takes a step by `this rule
+# <../api.html#cgn_tutorial.LevenbergMarquardt>`__.
 
 from cgn_tutorial.pages.autoencoder import train_autoencoder
 
