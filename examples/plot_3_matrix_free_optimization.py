@@ -228,9 +228,10 @@ assert first < last / 100
 #
 # Written as :math:`A x = b`, with :math:`A = C_i + \lambda I`, :math:`b = -g_i`
 # and the step :math:`v_i` as the unknown :math:`x`, each is solved by `CG
-# <plot_2_conjugate_gradients.html#the-algorithm>`__, which needs nothing but the
-# products :math:`A p` with vectors :math:`p` of its choice. It stops as soon as
-# the residual :math:`r = b - A x` is small, relative to :math:`b` or absolutely,
+# <plot_2_conjugate_gradients.html#the-algorithm>`__, the package's ``cg``. CG needs
+# nothing but the products :math:`A p` with vectors :math:`p` of its choice, and
+# stops as soon as the residual :math:`r = b - A x` is small, relative to
+# :math:`b` or absolutely,
 #
 # .. math::
 #
@@ -244,8 +245,8 @@ assert first < last / 100
 # costs, and what it brings here, is in the `benchmarks
 # <../benchmarks.html#what-else-was-tried>`__.
 #
-# The package has it as ``cg``. BackPACK leaves the product :math:`C_i p` on each
-# parameter, as a function ``ggnmp`` of one or more vectors.
+# BackPACK leaves the product with :math:`C_i` on the parameter, as a function
+# ``ggnmp`` of one or more vectors.
 
 
 def newton_step(p):
@@ -287,10 +288,9 @@ optimizer = NewtonCG(model.parameters(), LR)
 
 # %%
 # The training loop is the usual one, but for one line: inside
-# ``with backpack(GGNMP())``, ``backward()`` leaves on each parameter not only its
-# gradient, but also the product with its block of the GGN. Progress is measured
-# by the loss of the mini-batch, and by its accuracy: the share of images whose
-# largest output is their label.
+# ``with backpack(GGNMP())``, ``backward()`` leaves products as well as gradients.
+# Progress is measured by the loss of the mini-batch, and by its accuracy: the
+# share of images whose largest output is their label.
 
 losses, accuracies = [], []
 for i, (inputs, targets) in zip(range(STEPS), loader, strict=False):
@@ -338,10 +338,8 @@ _ = describe(
 # What the package adds
 # ---------------------
 #
-# The package's own optimizer, ``CGNOptimizer`` for conjugate-gradient Newton,
-# takes the same steps. Its ``train`` is the loop above, plus a clock. Here, and
-# for all that is compared below, a run starts from the seed: the same weights,
-# the same batches.
+# The package's ``CGNOptimizer``, for conjugate-gradient Newton, takes the same
+# steps, and its ``train`` is the loop above, plus a clock.
 
 SOLVER = {"lr": LR, "damping": DAMPING, **STOP}
 
@@ -379,11 +377,10 @@ print(f"largest difference between the losses: {gap:g}")
 #   ``max_length``, and `a warm start
 #   <plot_4_is_it_worth_it.html#where-do-fixed-settings-fail>`__ of the solves;
 # - how each solve went, ``optimizer.solves``;
-# - steps of `several processes <plot_6_several_processes.html>`__ on one batch, by
-#   ``whole_batch``.
+# - ``whole_batch``, for `several processes <plot_6_several_processes.html>`__.
 #
-# Optimizer and ``cg`` stand in one file that needs nothing but PyTorch, `cgn.py
-# <../cgn.py>`__: download it, and copy it into your own code.
+# Optimizer and ``cg`` are one file to copy that needs nothing but PyTorch, `cgn.py
+# <../cgn.py>`__.
 
 assert gap == 0 if device.type == "cpu" else gap < 2e-3
 
@@ -531,7 +528,7 @@ OPTIMIZERS = {
 
 # %%
 
-# Train these eight, too, with a line of log every ten steps.
+# Train these eight, too.
 for label, make_optimizer in OPTIMIZERS.items():
     print(label)
     histories[label] = run(make_optimizer)

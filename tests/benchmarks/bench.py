@@ -65,6 +65,7 @@ def main() -> None:
     folder = arguments.output or ROOT / "docs" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # BackPACK's, harmless
     start = time.perf_counter()
     for name, result in results(arguments.quick):
         if isinstance(result, Figure):
