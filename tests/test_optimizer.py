@@ -1002,3 +1002,37 @@ def test_a_gradient_scaler_is_refused_with_the_remedy():
     assert_equal([p.detach() for p in model.parameters()], before)
     backward(model, optimizer)
     optimizer.step()  # the scaler has left nothing behind
+
+
+def test_a_product_over_a_block_may_differentiate():
+    x = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def product(vectors: Tensor) -> Tensor:
+        y = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(y.cosh().sum(), y, create_graph=True)
+        return torch.stack([torch.autograd.grad(g, y, v, retain_graph=True)[0] for v in vectors])
+
+    product.parameters = [x]
+    x.curvature, x.grad = product, x.detach().sinh()
+    CGNOptimizer([x], EXTENSION, lr=1.0, damping=0.0, **EXACT).step()
+    newton = 1 - math.tanh(1.0)
+    torch.testing.assert_close(x.detach(), torch.full_like(x, newton))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_block_may_mix_dtypes_in_any_order(order):
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 5), nn.Linear(5, 4).double()
+    parameters = [*first.parameters(), *last.parameters()]
+    curvature = GGN([parameters[::order]])
+    optimizer = CGNOptimizer(parameters, curvature, lr=1.0)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        z = last(first(INPUTS.float()).sigmoid().double())
+        loss = nn.functional.cross_entropy(z, TARGETS)
+        curvature.backward(loss, z)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+    assert [p.dtype for p in parameters] == [torch.float32] * 2 + [torch.float64] * 2

@@ -338,9 +338,11 @@ class Block:
             TypeError: The product returns another dtype, or no tensor.
             ValueError: The product returns another shape.
         """
-        shape = v.shape if hasattr(self.product, "parameters") else (-1, *self.parameters[0].shape)
-        vectors = v.view(shape) if v.numel() else v.new_empty(len(v), *shape[1:])
-        return _like(vectors, "The curvature product", self.product(vectors)).reshape(v.shape)
+        own = hasattr(self.product, "parameters")
+        vectors = v if own else v.view(len(v), *self.parameters[0].shape)
+        with torch.set_grad_enabled(own):  # BackPACK's are a fifth slower with gradients on
+            result = self.product(vectors)
+        return _like(vectors, "The curvature product", result).reshape(v.shape)
 
     def split(self, v: Tensor) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
         """Each parameter, its group, and its part of the n numbers v, in its shape."""

@@ -70,7 +70,7 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
     fault = None
     try:  # a process that fails must still tell the others, which would wait for it
         blocks = _own_blocks(optimizer)
-        mine = _marks(optimizer, blocks, batch_size).to(device)
+        mine = _checksums(optimizer, blocks, batch_size).to(device)
     except Exception as error:
         fault = error
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
@@ -78,7 +78,7 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
     if fault is not None:
         raise fault
     sizes, options, numbers, gradients = torch.stack(gathered).T.tolist()
-    _check_marks(sizes, options, numbers)
+    _check_alike(sizes, options, numbers)
     share = Share(sizes[group.rank()] / sum(sizes), group)
     if not _are_averages(gradients, sizes):
         _average_gradients(share, blocks, device)
@@ -174,7 +174,7 @@ def _own_blocks(optimizer: CGNOptimizer) -> list[Block]:
     return blocks
 
 
-def _marks(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) -> Tensor:
+def _checksums(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) -> Tensor:
     """Four integers: the batch size, and sums that differ if options, numbers or gradients do."""
     if not (hasattr(batch_size, "__index__") and batch_size > 0):
         raise ValueError(
@@ -188,13 +188,13 @@ def _marks(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) -> Ten
             text += [name, f"{p.shape} {p.dtype} {p in optimizer.state} of {block.names}", *options]
     parameters = [p for block in blocks for p in block.parameters]
     starts = [optimizer.state[p]["v"] for p in parameters if p in optimizer.state]
-    marks = (
+    sums = (
         torch.tensor(int(batch_size)),
         torch.tensor(zlib.crc32(repr(text).encode())),
         _fingerprint([*parameters, *starts]),
         _fingerprint(_gradients(blocks)),
     )
-    return torch.stack([mark.to(marks[2].device) for mark in marks])
+    return torch.stack([mark.to(sums[2].device) for mark in sums])
 
 
 def _gradients(blocks: list[Block]) -> list[Tensor]:
@@ -212,22 +212,22 @@ def _fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _check_marks(sizes: list[int], options: list[int], numbers: list[int]) -> None:
+def _check_alike(sizes: list[int], options: list[int], numbers: list[int]) -> None:
     """Raise, in all processes alike, unless the processes can step together."""
     if faulty := [i for i, size in enumerate(sizes) if not size]:
         raise RuntimeError(
             f"No Newton step: process {faulty[0]} of {len(sizes)} could not take part, and its own "
             "error says why. Nothing has been changed."
         )
-    for what, marks in (
+    for what, sums in (
         ("gradients, blocks or options: which parameters have a gradient, lr, damping", options),
         ("parameters or starting points: begin with one seed, or load one checkpoint", numbers),
     ):
-        if len(set(marks)) > 1:
-            other = next(i for i, mark in enumerate(marks) if mark != marks[0])
+        if len(set(sums)) > 1:
+            other = next(i for i, mark in enumerate(sums) if mark != sums[0])
             raise RuntimeError(
                 f"No Newton step: process {other} differs from process 0 in its {what}, in all of "
-                f"the {len(marks)} processes. Nothing has been changed."
+                f"the {len(sums)} processes. Nothing has been changed."
             )
 
 
