@@ -194,7 +194,7 @@ def _checksums(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) ->
         _fingerprint([*parameters, *starts]),
         _fingerprint(_gradients(blocks)),
     )
-    return torch.stack([mark.to(sums[2].device) for mark in sums])
+    return torch.stack([total.to(sums[2].device) for total in sums])
 
 
 def _gradients(blocks: list[Block]) -> list[Tensor]:
@@ -224,7 +224,7 @@ def _check_alike(sizes: list[int], options: list[int], numbers: list[int]) -> No
         ("parameters or starting points: begin with one seed, or load one checkpoint", numbers),
     ):
         if len(set(sums)) > 1:
-            other = next(i for i, mark in enumerate(sums) if mark != sums[0])
+            other = next(i for i, total in enumerate(sums) if total != sums[0])
             raise RuntimeError(
                 f"No Newton step: process {other} differs from process 0 in its {what}, in all of "
                 f"the {len(sums)} processes. Nothing has been changed."
