@@ -5,12 +5,12 @@ Newton's method steps to the minimum of a local quadratic model. A step solves
     (C + λI) v = −g,        x ← x + γ v
 
 with the gradient g, a curvature matrix C, the damping λ and the step size γ. C is far too large to
-store, but conjugate gradients only ever ask for the product of C with a vector. `cg` solves such a
-system, and `CGNOptimizer` applies `cg` to the parameters of a network.
+store. Conjugate gradients need only products of C with vectors. `cg` solves such a system, and
+`CGNOptimizer` applies `cg` to the parameters of a network.
 
-The file needs nothing but PyTorch. The optimizer takes gradients and curvature products from the
-parameters, where a backward pass has left them: a gradient as `p.grad`, a product as an attribute.
-Code that changes what a step means (averages over processes, a penalty) changes what lies there.
+The file needs nothing but PyTorch. The optimizer reads gradients and curvature products from the
+parameters: a backward pass leaves a gradient as `p.grad`, and a product as another attribute. Code
+that changes the meaning of a step (averages over processes, a penalty) replaces these attributes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Matvec = Callable[[Tensor], Tensor]
 Reason = Literal["converged", "maxiter", "negative curvature", "stagnation", "breakdown"]
 NegativeCurvature = Literal["stop", "ignore"]
 
-# The curvature pᵀAp of a direction counts as positive above this many roundings of ‖p‖‖Ap‖. For a
-# positive definite A, pᵀAp / (‖p‖‖Ap‖) ≥ 2√κ/(κ + 1), so that only condition numbers κ > 10¹² (in
-# float32) can fall below: there the dtype cannot tell A from a singular matrix.
+# The curvature pᵀAp counts as positive if it exceeds this many roundings of ‖p‖‖Ap‖. A positive
+# definite A has pᵀAp / (‖p‖‖Ap‖) ≥ 2√κ/(κ + 1). Only a condition number κ > 10¹² (in float32) lets
+# pᵀAp fall below, and float32 cannot tell such an A from a singular matrix.
 CURVATURE_ROUNDINGS = 10
 
 
@@ -44,10 +44,10 @@ class Solve:
     Attributes:
         products: How many times A was applied.
         reason: Why the iteration stopped. `"converged"`: the residual met its bound. `"maxiter"`:
-            the products were used up, or the callback ended the solve. `"negative curvature"`: pᵀAp
-            was not positive. `"stagnation"`: rounding keeps b − A x above the bound, or the system
-            has no solution. `"breakdown"`: the next step could not be represented.
-        residuals: The residual norms ‖b − A x_k‖, one per iterate, the first at the start.
+            CG used all its products, or the callback ended the solve. `"negative curvature"`: pᵀAp
+            was not positive. `"stagnation"`: rounding keeps ‖b − A x‖ above its bound, or the
+            system has no solution. `"breakdown"`: the dtype cannot represent the next step.
+        residuals: The residual norms ‖b − A x_k‖, one per iterate, from the starting point on.
         decrease: How far the quadratic model ½ xᵀAx − bᵀx lies below 0, its value at x = 0.
     """
 
@@ -95,27 +95,27 @@ def cg(
 
         ‖b − A x‖ ≤ max(tol · ‖b‖, atol),
 
-    which is tested before the first product: b = 0 costs none. CG updates the residual by a
-    recurrence, and rounding lets the recurrence drift from b − A x. Whenever the drift may matter,
-    the residual is computed anew, for one product, and the iteration starts again from there.
+    which `cg` tests before the first product, so that b = 0 costs no product. CG updates the
+    residual by a recurrence, and rounding lets the recurrence drift from b − A x. If the drift may
+    matter, `cg` computes b − A x by one more product, and restarts the iteration from x.
 
     Args:
-        A: The matrix as a function, from a tensor of the shape of `b` to another one. A must be
-            linear and symmetric. Gradients are on while A runs.
+        A: The function v ↦ A v, from and to tensors of the shape of `b`. A must be linear and
+            symmetric. Autograd is on while A runs.
         b: The right-hand side, a tensor of any shape, real floating point. The solve runs in the
             dtype and on the device of `b`; `b` is not changed.
         x0: The starting point, in the shape of `b`; zero if `None`. `x0` is not changed, and costs
             one product.
         M: A preconditioner: a symmetric positive definite function that approximates A⁻¹.
-        maxiter: The most products, without that for `x0`; `None` means `10 * b.numel()`, since
-            rounding makes some systems take more iterations than they have unknowns.
+        maxiter: The most products, besides the product for `x0`; `None` means `10 * b.numel()`,
+            since rounding makes some systems take more iterations than they have unknowns.
         tol: Bound on the residual norm, relative to ‖b‖.
         atol: Bound on the residual norm, absolute, in the units of `b`.
-        negative_curvature: What to do when pᵀAp along a search direction p is not positive beyond
-            rounding. `"stop"` returns the iterate reached, or, on the first step, x0 + M r0: the
-            quadratic model never ends above its start. `"ignore"` steps on to the stationary point
-            along p, which for pᵀAp < 0 is a maximum.
-        safe_start: Whether to start from zero after all if the model is higher at `x0` than there.
+        negative_curvature: What to do if a search direction p has a pᵀAp that is not positive
+            beyond rounding. `"stop"` returns the last iterate, or x0 + M r0 if p is the first
+            direction: the quadratic model never ends above its start. `"ignore"` moves to the
+            stationary point of the model along p, a maximum if pᵀAp < 0.
+        safe_start: Whether to start from zero if the quadratic model is higher at `x0` than at 0.
         callback: Called with each new iterate. If the callback returns True, the solve ends.
 
     Returns:
@@ -126,12 +126,12 @@ def cg(
             disagree with the dtype of `b`.
         ValueError: Shapes or devices disagree, an option is out of range, `b` or `x0` is not finite
             or too large to square, or rᵀMr is negative.
-        RuntimeError: A returned a number that is not finite; the message says when.
+        RuntimeError: A returned a number that is not finite; the message names the iteration.
 
     Note:
         On a GPU, each iteration waits for the device once, to decide whether to stop, and each
-        solve once more. For `b` in half precision, only A and M run in the dtype of `b`, and the
-        iteration in float32. A `b` so small that its squares underflow counts as zero.
+        solve waits once more. If `b` has half precision, A and M run in the dtype of `b`, and the
+        iteration runs in float32. A `b` whose squares underflow counts as zero.
 
     Source:
         Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems" (1952), as
@@ -164,7 +164,7 @@ def cg(
 
     limit = products + (10 * b.numel() if maxiter is None else int(maxiter))
     bound = max(tol * b_norm, atol)
-    # A and its argument are rounded to the dtype of b, the inner product to that of the iteration.
+    # A rounds in the dtype of b, and the inner product pᵀAp rounds in the dtype of the iteration.
     rounding = torch.finfo(narrow).eps + CURVATURE_ROUNDINGS * torch.finfo(wide).eps
     computed = r_norm  # the residual norm where b − A x was last computed
     A_norm = new_path = 0.0  # the largest ‖Ap‖/‖p‖, and the length of the path since then
@@ -173,7 +173,7 @@ def cg(
     residuals = [r_norm]
     steps = _steps(A, M, x, r)
     while True:
-        # What rounding may add to the residual, and to the recurrence since b − A x was computed.
+        # How far rounding may keep b − A x from zero, and how far the recurrence from b − A x.
         floor, drift = (torch.finfo(narrow).eps * A_norm * way for way in (path, new_path))
         met = residuals[-1] <= bound
         if met and floor <= bound / 10:
@@ -192,7 +192,7 @@ def cg(
                 continue
             reason = "converged" if r_norm <= bound else "stagnation"
             break
-        # All that decides about this step, in the iteration's one wait for the device.
+        # The iteration's one wait for the device fetches all numbers that decide about this step.
         p, Ap, rz, pAp, x_next, r_next = next(steps)
         rMr, curvature, p_norm, Ap_norm, r_norm, x_peak = _numbers(
             rz, pAp, _norm(p), _norm(Ap), _norm(r_next), x_next.to(narrow).abs().amax().to(wide)
@@ -200,8 +200,8 @@ def cg(
         if rMr < 0 or math.isnan(rMr):
             raise ValueError(f"M must be positive definite, but rᵀMr is {rMr} at iteration {k}.")
         _check_finite(f"At iteration {k}, A(p)", Ap, Ap_norm, RuntimeError)
-        flat = curvature <= rounding * p_norm * Ap_norm and rMr > 0
-        if flat and negative_curvature == "stop":
+        nonpositive = curvature <= rounding * p_norm * Ap_norm and rMr > 0
+        if nonpositive and negative_curvature == "stop":
             reason = "negative curvature"
         elif not (rMr > 0 and x_peak < math.inf and r_norm < math.inf):  # NaN is not
             reason = "breakdown"
@@ -239,7 +239,7 @@ def _steps(A: Matvec, M: Matvec, x: Tensor, r: Tensor) -> Iterator[tuple[Tensor,
 
 
 def _checked(name: str, function: Matvec, b: Tensor) -> Matvec:
-    """A function that runs in the dtype of b, with gradients on, and is held to shapes like b."""
+    """Let a function run in the dtype of b, with autograd on, and check that results are like b."""
     if isinstance(function, Tensor) or not callable(function):
         raise TypeError(
             f"{name[0]} must be a function of a vector, not {type(function).__name__}: for a "
@@ -255,23 +255,23 @@ def _checked(name: str, function: Matvec, b: Tensor) -> Matvec:
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:
-    """The inner product uᵀv, summed pairwise, which loses less than a BLAS dot in float32."""
+    """The inner product uᵀv. This pairwise sum loses fewer digits in float32 than a BLAS dot."""
     return (u * v).sum()
 
 
 def _norm(v: Tensor) -> Tensor:
-    """‖v‖, from the same sum as `_dot`, so that both vanish together."""
+    """‖v‖ by `_dot`, so that ‖v‖ underflows exactly if vᵀv does."""
     return _dot(v, v).sqrt()
 
 
 def _numbers(*scalars: Tensor) -> list[float]:
-    """Python numbers of several 0-dimensional tensors, for one wait."""
+    """Several 0-dimensional tensors as Python numbers, by one wait for the device."""
     numbers: list[float] = torch.stack(scalars).tolist()
     return numbers
 
 
 def _like(other: Tensor, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, detached, if its shape, device and dtype are those of another."""
+    """Detach a tensor, and raise unless its shape, device and dtype are those of another tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}.")
     for aspect, error in (("shape", ValueError), ("device", ValueError), ("dtype", TypeError)):
@@ -315,7 +315,7 @@ def _check_finite(name: str, v: Tensor, norm: float, error: type[Exception]) -> 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Parameters that are solved for together, and the curvature product over their n numbers.
+    """The parameters of one linear system, and the curvature product over their n numbers.
 
     Calling a block multiplies each of V rows, `[V, n] → [V, n]`; so a block is a `Product`.
 
@@ -323,7 +323,7 @@ class Block:
         names: The names of the parameters.
         parameters: The parameters.
         groups: The optimizer's group of each parameter.
-        product: The product, as the parameters carry it.
+        product: The product that the parameters carry.
     """
 
     names: tuple[str, ...]
@@ -338,26 +338,28 @@ class Block:
             TypeError: The product returns another dtype, or no tensor.
             ValueError: The product returns another shape.
         """
-        own = hasattr(self.product, "parameters")
-        vectors = v if own else v.view(len(v), *self.parameters[0].shape)
-        with torch.set_grad_enabled(own):  # BackPACK's are a fifth slower with gradients on
+        over_block = hasattr(self.product, "parameters")
+        vectors = v if over_block else v.view(len(v), *self.parameters[0].shape)
+        with torch.set_grad_enabled(over_block):  # autograd slows BackPACK's down by a fifth
             result = self.product(vectors)
         return _like(vectors, "The curvature product", result).reshape(v.shape)
 
     def split(self, v: Tensor) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
-        """Each parameter, its group, and its part of the n numbers v, in its shape."""
+        """Each parameter p, the group of p, and the part of the n numbers v in the shape of p."""
         parts = v.split([p.numel() for p in self.parameters])
         for p, group, part in zip(self.parameters, self.groups, parts, strict=True):
             yield p, group, part.view_as(p)
 
     def gather(self, value: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
-        """The n numbers of what a function gives for each parameter and its group."""
+        """Concatenate the values of a function of a parameter and its group to n numbers."""
         pairs = zip(self.parameters, self.groups, strict=True)
         return torch.cat([value(p, group).reshape(-1) for p, group in pairs])
 
 
-# What has one value for a whole block; damping and weight_decay act on each parameter by itself.
-_BLOCK_OPTIONS = ("lr", "maxiter", "tol", "atol", "negative_curvature", "warm_start", "max_length")
+# Options that must agree within a block: damping and weight_decay may differ, and max_length must
+# agree over all blocks.
+_SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")
+_BLOCK_OPTIONS = ("lr", *_SOLVE_OPTIONS, "warm_start")
 
 
 class CGNOptimizer(Optimizer):
@@ -367,56 +369,56 @@ class CGNOptimizer(Optimizer):
 
         (C + λI) v = −g    and moves    x ← x + γ v,
 
-    where C is the block of a curvature matrix, known through its products only. A block is one
-    parameter for BackPACK's products; other code may form larger blocks, see the note. Every block
-    is solved before any parameter moves.
+    where C is a diagonal block of the curvature matrix, known by its products with vectors only.
+    BackPACK's products have one parameter per block; other products may have several, see the note.
+    The optimizer solves for all blocks before any parameter moves.
 
-    Use the optimizer in place of `torch.optim.SGD` where the gradient vanishes or is badly scaled;
-    `damping` and `lr` are the knobs to turn. A step costs up to `maxiter` products per block, each
-    worth up to a few gradients, and single mini-batches give noisy curvature: prefer large batches.
-    Where SGD or Adam already make good progress per second, they usually win.
+    Use the optimizer in place of `torch.optim.SGD` if the gradient vanishes or is badly scaled.
+    Tune `damping` and `lr`. A step costs up to `maxiter` products per block, and a product costs up
+    to a few gradients. Small mini-batches give noisy curvature: prefer large batches. If SGD or
+    Adam already makes good progress per second, SGD or Adam usually wins.
 
     Args:
         parameters: Parameters, named parameters, or dictionaries that define groups.
-        bp_extension: What leaves the products: anything with a `savefield`, the name of the
-            attribute that carries each parameter's product, such as `GGN` or BackPACK's `GGNMP()`.
+        bp_extension: The extension that leaves the products, such as a `GGN` or BackPACK's
+            `GGNMP()`. Its `savefield` names the attribute that carries a parameter's product.
         lr: Step size γ.
         damping: λ, added to the diagonal of C, in the units of C.
-        maxiter: The most CG iterations per block and step; `None` means ten times its size.
+        maxiter: The most CG iterations per block and step; `None` means ten times the block's size.
         tol: CG stops when ‖(C + λI) v + g‖ ≤ max(tol · ‖g‖, atol).
         atol: See `tol`; in the units of the gradient.
-        weight_decay: μ of an exact penalty ½ μ‖x‖²: adds μx to g and μI to C.
-        negative_curvature: What CG does where C + λI is not positive definite, `"stop"` or
+        weight_decay: μ of the penalty ½ μ‖x‖², which adds μx to g and μI to C.
+        negative_curvature: What CG does if C + λI is not positive definite, `"stop"` or
             `"ignore"`, see `cg`.
-        warm_start: Factor, from 0 to 1, of the last step's v, where the next solve starts. 0 starts
-            from zero. Any other factor costs a product more per step; in return, a solve of few
-            iterations goes on where the solve of the last step ended.
-        max_length: Bound on the length of the whole step, γ √(Σ max(|vᵀ(C + λI)v|, |gᵀv|)), summed
-            over the blocks; a longer step is shortened to it. The first number is the length in the
-            metric of the curvature, equal to the second for a solve from zero; the second also
-            bounds steps along which curvature is negative or vanishes. It costs no product.
+        warm_start: Each solve starts from this factor, 0 to 1, times the last step's v. A factor
+            above 0 costs one more product per step. In return, a solve of few iterations continues
+            the solve of the last step.
+        max_length: Bound on the length of the whole step, `γ √(Σ max(|vᵀ(C + λI)v|, |gᵀv|))`, summed
+            over the blocks; a longer step is scaled down to the bound. The first number measures v
+            in the metric of the curvature; after a solve from zero, both numbers are equal. The
+            second number also bounds steps of zero or negative curvature. No product is needed.
 
     Attributes:
         bp_extension: As given.
         predicted: The change of the loss that the last step promised: the value of the damped
-            quadratic model, summed over the blocks, where the step ended.
-        solves: How the solves of the last step went, a `Solve` for the names of each block. The
-            residuals are the norms ‖(C + λI) v + g‖, and `decrease` is for the full step, γ = 1.
+            quadratic model at the end of the step, summed over the blocks.
+        solves: How the solves of the last step went: for the names of a block's parameters, a
+            `Solve`. Its residuals are the norms ‖(C + λI) v + g‖; its `decrease` holds for γ = 1.
 
     Raises:
         TypeError: `bp_extension` has no `savefield`, or a parameter is complex.
         ValueError: A hyperparameter is out of range.
 
     Note:
-        A product over a block is a function `[V, n] → [V, n]` that multiplies each of V vectors. It
-        has an attribute `parameters`, the parameters of the block, in whose order the n numbers are
-        concatenated, and each of these parameters carries it. A product without that attribute is
-        over the one parameter p that carries it, `[V, *p.shape] → [V, *p.shape]`, as BackPACK
-        leaves it.
+        A product over a block is a function `[V, n] → [V, n]` that multiplies each of V vectors.
+        Its attribute `parameters` lists the block's parameters, in the order of the n numbers, and
+        each of these parameters carries the product. A product without this attribute, such as
+        BackPACK's, multiplies over the one parameter p that carries the product,
+        `[V, *p.shape] → [V, *p.shape]`.
 
-        All hyperparameters are options of parameter groups, which can be changed between steps.
-        Within a block, all but `damping` and `weight_decay` must agree; `max_length` must agree
-        over all blocks of a step.
+        All hyperparameters are options of parameter groups, and may change between steps. Within a
+        block, all options but `damping` and `weight_decay` must agree; `max_length` must agree over
+        all blocks of a step.
 
         Several processes that share a batch take the step of the whole batch with
         `cgn_tutorial.parallel.whole_batch`.
@@ -441,7 +443,7 @@ class CGNOptimizer(Optimizer):
         (2017), after Martens (2010).
     """
 
-    # Lets a GradScaler tell the optimizer that the loss was scaled: see `step`.
+    # With this attribute, a GradScaler tells the optimizer that the loss was scaled: see `step`.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -484,17 +486,17 @@ class CGNOptimizer(Optimizer):
         """Solve for every block's Newton step, then move every parameter by it.
 
         Args:
-            closure: Evaluates the model, calls `backward()` so that gradients and products are
-                there, and returns the loss.
+            closure: Evaluates the model, runs the backward pass, which leaves gradients and
+                products, and returns the loss.
 
         Returns:
             What the closure returned.
 
         Raises:
-            RuntimeError: A parameter has a gradient, but no curvature product, or its system cannot
-                be solved (numbers that are not finite, wrong shapes or dtypes, sparse gradients).
-                The message names the parameter. Or a GradScaler has scaled the loss, or several
-                processes run and a product is that of one process alone. No parameter has moved.
+            RuntimeError: A parameter has a gradient, but no curvature product, or a system cannot
+                be solved (numbers not finite, wrong shapes or dtypes, sparse gradients): the
+                message names the parameters. Or a GradScaler has scaled the loss, or several
+                processes run and a product is not averaged over them. No parameter has moved.
             ValueError: An option is out of range, or disagrees within a block.
         """
         loss = None
@@ -502,8 +504,8 @@ class CGNOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         blocks = self.blocks()
-        _refuse_lone_processes(blocks)
-        if vars(self).pop("found_inf", None) is not None:  # put there by a GradScaler that steps
+        _check_averaged(blocks)
+        if vars(self).pop("found_inf", None) is not None:  # set by GradScaler.step
             raise RuntimeError(
                 "A GradScaler scales the loss, so that the curvature products do not fit the "
                 "damping: compute gradients and products from the loss itself, and call "
@@ -518,7 +520,7 @@ class CGNOptimizer(Optimizer):
                 p.add_(v, alpha=scale * group["lr"])
                 if group["warm_start"]:
                     self.state[p]["v"] = v
-                delattr(p, self.bp_extension.savefield)  # frees what the product holds on to
+                delattr(p, self.bp_extension.savefield)  # frees the graph of the product
         self.solves = {block.names: solve for block, _, solve in solved}
         return loss
 
@@ -532,11 +534,11 @@ class CGNOptimizer(Optimizer):
             if all(p in self.state for p in block.parameters):
                 x0 = block.gather(lambda p, o: o["warm_start"] * self.state[p]["v"])
             return cg(lambda v: block(v[None])[0] + lam * v, -g, x0, safe_start=True, **options)
-        except ConnectionError:  # of several processes, which cannot go on
+        except ConnectionError:  # another process does not answer: whole_batch says what to do
             raise
         except Exception as error:  # products may raise anything
             for p in block.parameters:
-                self.state.pop(p, None)  # a start that overflows must not fail again
+                self.state.pop(p, None)  # else a start that overflows fails again
             raise RuntimeError(
                 f"No Newton step for {', '.join(block.names)}: solving A v = b, with A = C + λI "
                 f"and b = −gradient, failed: {str(error).rstrip('.')}. No parameter has been "
@@ -544,7 +546,7 @@ class CGNOptimizer(Optimizer):
             ) from error
 
     def _scale(self, solved: list[tuple[Block, Tensor, Solve]]) -> float:
-        """The factor that brings the step within max_length; leaves what the step promises."""
+        """Set `predicted`, and return the factor that shortens the step to max_length."""
         slope = curvature = length = 0.0
         for block, solution, solve in solved:
             wide = torch.promote_types(solution.dtype, torch.float32)
@@ -562,44 +564,38 @@ class CGNOptimizer(Optimizer):
     def blocks(self) -> list[Block]:
         """The blocks of all parameters with a gradient, in the order of their first parameters.
 
-        Call this method after a backward pass, before `step()`. Nothing is changed.
+        Call this method after a backward pass and before `step()`. The method changes nothing.
 
         Raises:
             RuntimeError: A parameter has a gradient, but no curvature product, or cannot be moved.
                 The message names the parameter, and the remedy.
             ValueError: An option is out of range, or disagrees within a block.
         """
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        names = {
-            p: name or f"parameter {i} of group {j} (shape {tuple(p.shape)})"
-            for j, group in enumerate(self.param_groups)
-            for i, (p, name) in enumerate(
-                zip_longest(group["params"], group.get("param_names", ()))
-            )
-        }
-        for group in self.param_groups:
+        held: dict[Tensor, tuple[str, dict[str, Any]]] = {}
+        for j, group in enumerate(self.param_groups):
             _check_options(group)
-        blocks: dict[Tensor, Block] = {}
-        for p in groups:
-            if p.grad is None or not p.requires_grad or p in blocks:
+            names = group.get("param_names", ())
+            for i, (p, name) in enumerate(zip_longest(group["params"], names)):
+                held[p] = name or f"parameter {i} of group {j} (shape {tuple(p.shape)})", group
+        blocks: list[Block] = []
+        done: set[Tensor] = set()
+        for p in held:
+            if p.grad is None or not p.requires_grad or p in done:
                 continue
             if not hasattr(p, self.bp_extension.savefield) and not p.grad.to_dense().any():
-                continue  # zeroed and then left out of the loss
-            block = self._block(p, groups, names)
-            blocks.update(dict.fromkeys(block.parameters, block))
-        found = list(dict.fromkeys(blocks.values()))
-        _check_agreement("max_length", "over all blocks", found)
-        return found
+                continue  # zero_grad wrote zeros, and the loss leaves p out
+            blocks.append(self._block(p, held))
+            done.update(blocks[-1].parameters)
+        _check_agreement("max_length", "over all blocks", blocks)
+        return blocks
 
-    def _block(
-        self, p: Tensor, groups: dict[Tensor, dict[str, Any]], names: dict[Tensor, str]
-    ) -> Block:
-        """The block of p, after checking that this optimizer can solve for all its parameters."""
+    def _block(self, p: Tensor, held: dict[Tensor, tuple[str, dict[str, Any]]]) -> Block:
+        """The block of p. Raise unless this optimizer can solve for all parameters of the block."""
         savefield = self.bp_extension.savefield
         product: Any = getattr(p, savefield, None)
         members = tuple(getattr(product, "parameters", (p,)))
         for member in members:
-            if member not in groups:
+            if member not in held:
                 fault = f"of shape {tuple(member.shape)} is not held by this optimizer"
             elif member.grad is None:
                 fault = "has no gradient"
@@ -619,17 +615,17 @@ class CGNOptimizer(Optimizer):
             else:
                 continue
             raise RuntimeError(
-                f"No Newton step for the block of {names[p]}: {names.get(member, 'a parameter')} "
-                f"{fault}. Nothing has been changed."
+                f"No Newton step for the block of {held[p][0]}: "
+                f"{held.get(member, ['a parameter'])[0]} {fault}. Nothing has been changed."
             )
-        own = tuple(groups[member] for member in members)
-        block = Block(tuple(names[member] for member in members), members, own, product)
+        names, groups = zip(*(held[member] for member in members), strict=True)
+        block = Block(names, members, groups, product)
         for option in _BLOCK_OPTIONS:
             _check_agreement(option, "within a block", [block])
         return block
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with hyperparameters of its own if the dictionary has them.
+        """Add a group of parameters; the dictionary may set hyperparameters for the group.
 
         Args:
             param_group: `{"params": …}` and any of the constructor's hyperparameters.
@@ -649,11 +645,8 @@ class CGNOptimizer(Optimizer):
                 )
 
 
-_SOLVE_OPTIONS = ("maxiter", "tol", "atol", "negative_curvature")
-
-
 def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
-    """The gradient of a parameter, that of the penalty included."""
+    """The gradient of the loss and the penalty."""
     gradient: Tensor = p.grad + group["weight_decay"] * p
     return gradient
 
@@ -669,8 +662,8 @@ def _check_agreement(option: str, where: str, blocks: list[Block]) -> None:
         )
 
 
-def _refuse_lone_processes(blocks: list[Block]) -> None:
-    """Raise where several processes run, and a product is not the average over them."""
+def _check_averaged(blocks: list[Block]) -> None:
+    """Raise if several processes run and a product is not averaged over them."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     several = distributed and torch.distributed.get_world_size() > 1
     if several and not all(getattr(block.product, "averaged", False) for block in blocks):

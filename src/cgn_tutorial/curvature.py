@@ -1,16 +1,16 @@
 """Curvature–vector products by automatic differentiation, in one file to copy.
 
-For a loss L(θ) = ℓ(z(θ)) of a model's outputs z, there are two matrices to choose from:
+For a loss L(θ) = ℓ(z(θ)) of a model's outputs z, the file offers two matrices:
 
     the generalized Gauss–Newton      G = Jᵀ (∂²ℓ/∂z²) J,        J = ∂z/∂θ
     the Hessian                       H = ∂²L/∂θ²
 
-G leaves out the curvature of the model itself. It is positive semi-definite wherever ℓ is convex in
-z, which holds for the usual losses; H need not be. Choose `GGN` to train, and `Hessian` to see the
-curvature as it is, or with a solver that stops where it turns negative.
+G leaves out the curvature of the model. G is positive semi-definite if ℓ is convex in z, as the
+usual losses are; H need not be. Choose `GGN` to train. Choose `Hessian` to see the whole curvature,
+or for a solver that stops at negative curvature.
 
 Both take any model and loss that torch can differentiate twice. The file needs nothing but PyTorch.
-`CGNOptimizer` takes its products as they are, and they serve other purposes as well.
+`CGNOptimizer` takes the products, and so does any code that multiplies vectors by a curvature.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ __all__ = [
 ]
 
 Tensors = Sequence[Tensor]
-Push = Callable[[Tensor], Tensor]
-Multiply = Callable[[Tensors, Tensors], Tensors]  # (block, v) ↦ C v
+Carry = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensors, Tensors], Tensors]  # (block, v) ↦ C v, or J v
 Outputs = Tensor | Tensors | Mapping[str, Any]
 
 
 class Extension(Protocol):
-    """What leaves curvature products on parameters: a `Curvature`, BackPACK's extensions, your own.
+    """An object whose backward pass leaves products on parameters, such as a `GGN`, or your own.
 
     Attributes:
         savefield: The name of the attribute that carries a parameter's product after a backward
-            pass, a `Product` or a function over this parameter alone.
+            pass: a `Product`, or a function over this parameter alone, as BackPACK leaves it.
     """
 
     savefield: str
@@ -60,9 +60,9 @@ class Extension(Protocol):
 class Product(Protocol):
     """The product of vectors with a block of the curvature matrix, over several parameters.
 
-    Each parameter of the block carries the same product. A function without `parameters` is a
-    product over the one parameter p that carries the function, `[V, *p.shape] → [V, *p.shape]`, as
-    BackPACK leaves it.
+    All parameters of the block carry the same product. A function without `parameters`, such as
+    BackPACK's, is a product over the one parameter p that carries the function, from and to shape
+    `[V, *p.shape]`.
 
     Attributes:
         parameters: The parameters of the block. Their n numbers, concatenated in this order, are
@@ -79,7 +79,7 @@ class Product(Protocol):
 def layers(model: nn.Module) -> list[list[Tensor]]:
     """One block per layer: the parameters that a module holds itself, not through a submodule.
 
-    A parameter that several modules share belongs to the first.
+    If several modules share a parameter, the parameter belongs to the first module.
 
     Example:
         >>> [len(block) for block in layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.PReLU()))]
@@ -95,11 +95,11 @@ def layers(model: nn.Module) -> list[list[Tensor]]:
 class BlockProduct:
     """The product of one diagonal block of a curvature matrix with vectors, `[V, n] → [V, n]`.
 
-    It holds on to the graph of the loss, and serves until a tensor of that graph, such as a
-    parameter, is changed in place.
+    A product keeps the graph of the loss alive. The product is valid until a tensor of the graph,
+    such as a parameter, is changed in place.
 
     Attributes:
-        parameters: The parameters of the block, whose n numbers are concatenated in this order.
+        parameters: The parameters of the block. Their n numbers are concatenated in this order.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -118,11 +118,11 @@ class BlockProduct:
         """Multiply each of the V rows of v.
 
         Raises:
-            TypeError: v does not have the dtype of the parameters, the widest where they differ.
+            TypeError: v does not have the dtype of the parameters, or the widest of their dtypes.
             ValueError: v does not have shape `[V, n]`.
-            RuntimeError: The graph has been changed or freed, or contains an operation that torch
-                cannot differentiate twice. The message names it, and the remedy. Or v is finite,
-                and the product is not.
+            RuntimeError: The graph has been changed or freed, or torch cannot differentiate one of
+                its operations twice; the message names the operation and the remedy. Or v is
+                finite, and the product is not.
         """
         sizes = [p.numel() for p in self.parameters]
         if v.ndim != 2 or v.shape[1] != sum(sizes):
@@ -137,7 +137,7 @@ class BlockProduct:
             except RuntimeError as error:
                 raise RuntimeError(_explanation(str(error))) from error
             Cv_i.copy_(torch.cat([product.reshape(-1) for product in products]))
-        # Elsewhere this would wait for the device; there, cg finds the numbers, without a remedy.
+        # On another device, this check would wait; there, cg finds the numbers, but no remedy.
         if Cv.is_cpu and not Cv.isfinite().all() and v.isfinite().all():
             raise RuntimeError(_NOT_FINITE)
         return Cv
@@ -147,16 +147,16 @@ class Curvature:
     """What `GGN` and `Hessian` share: the blocks, and the backward pass that leaves the products.
 
     Args:
-        blocks: The diagonal blocks of the curvature matrix, each one parameter or several:
-            `model.parameters()` for one block per parameter, `layers(model)` for one per layer,
-            `[model.parameters()]` for the whole network, or any list of lists of parameters.
+        blocks: The parameters of each diagonal block of the curvature matrix:
+            `model.parameters()` for a block per parameter, `layers(model)` for a block per layer,
+            `[model.parameters()]` for one block, or any list of lists of parameters.
 
     Attributes:
         blocks: As given, each a tuple of parameters.
         savefield: The name of the attribute that carries each parameter's product.
 
     Raises:
-        TypeError: A block contains something else than real tensors.
+        TypeError: A block contains something other than real tensors.
         ValueError: There are no blocks, a block is empty, or blocks overlap.
     """
 
@@ -192,39 +192,39 @@ class Curvature:
     def backward(self, loss: Tensor, outputs: Outputs = ()) -> list[BlockProduct]:
         """Do what `loss.backward()` does, and leave each block's product on its parameters.
 
-        As there, gradients are added to `.grad` of every leaf that the loss depends on, in a block
-        or not, and pass through the hooks of the leaves, such as those that average them over
-        processes. Products are those of the loss: hooks of leaves never act on them. Hooks of
-        modules and of tensors in between act on every pass, and so change products, unless they
-        only look.
+        Like `loss.backward()`, this method adds gradients to `.grad` of every leaf that the loss
+        depends on, in a block or not, and runs the hooks of the leaves, which may average gradients
+        over processes. Hooks of leaves never act on products: products are those of the loss. Hooks
+        of modules and of other tensors act on every pass. If such a hook changes a tensor, the hook
+        changes the products.
 
-        Parameters without a gradient, such as frozen ones, get no product: their blocks shrink.
-        Products replace earlier ones. The graph lives as long as one of products, loss and outputs;
-        the optimizer's `step()` lets go of the products.
+        Parameters without a gradient, such as frozen parameters, get no product: their blocks
+        shrink. New products replace earlier products. The graph lives as long as the products, the
+        loss or the outputs; the optimizer's `step()` deletes the products.
 
-        The first call also checks, by one more pass, that autograd sees how the loss depends on the
-        parameters: with u from above and v along the gradient g, gᵀv must equal uᵀJv.
+        The first call checks, by one more pass, that autograd sees how the loss depends on the
+        parameters: for v along the gradient g, gᵀv must equal uᵀJv, with u and J as in `GGN`.
 
         Args:
             loss: The loss, a single number.
-            outputs: The outputs z that it was computed from, one tensor of any shape or several,
-                none of which was computed from another. Of a mapping, the tensors that require a
-                gradient count. `GGN` needs outputs, `Hessian` does not.
+            outputs: The outputs z that the loss was computed from: a tensor of any shape, or
+                several tensors, none computed from another. Of a mapping, the tensors that require
+                a gradient count. `GGN` needs outputs, `Hessian` does not.
 
         Returns:
             The products, one per block.
 
         Raises:
-            TypeError: The loss is not a tensor, or outputs are something else than tensors.
-            ValueError: The loss is not a single number, or does not depend on any parameter of the
-                blocks. For `GGN`: it depends on something else than the outputs, or one of them on
-                another, or an output has a hook.
+            TypeError: The loss or an output is not a tensor.
+            ValueError: The loss is not a single number, or depends on no parameter of the blocks.
+                For `GGN`: the loss depends on a leaf besides the outputs, or an output depends on
+                another output, or an output has a hook.
             RuntimeError: A gradient is sparse, or was computed outside autograd; or torch.compile
-                made a part of the graph, or an operation whose second derivative torch gets wrong.
-                Or a hook of a parameter set entries of its gradient to zero, see `restrict`; in
-                this case gradients were added, and there are no products.
+                made a part of the graph; or torch has a wrong second derivative of an operation. Or
+                a hook of a parameter set entries of the parameter's gradient to zero, see
+                `restrict`: gradients were added, and there are no products.
         """
-        gradients, multiply, u, push = self._differentiate(_number(loss), _tensors(outputs))
+        gradients, multiply, u, jvp = self._differentiate(_number(loss), _tensors(outputs))
         blocks = [tuple(p for p in block if p in gradients) for block in self.blocks]
         if not any(blocks):
             raise ValueError(
@@ -238,19 +238,19 @@ class Curvature:
                     "cannot differentiate it again: use a layer with sparse=False."
                 )
         members = [p for block in blocks for p in block]
-        for p in members:  # each gradient is linear in u, so that it must depend on u
+        for p in members:  # a gradient Jᵀu that is not zero depends on u
             if not gradients[p].requires_grad and gradients[p].count_nonzero():
                 raise RuntimeError(_UNSEEN.format(f"a parameter of shape {list(p.shape)}"))
 
         def check(block: Tensors) -> None:
-            _check_seen(loss, {p: gradients[p] for p in block}, u, push)
+            _check_seen(loss, {p: gradients[p] for p in block}, u, jvp)
 
         if not self._checked:
             check(members)
             self._checked = True
         hooked = [p for p in members if p._backward_hooks or p._post_accumulate_grad_hooks]
         before = [None if p.grad is None else p.grad.clone() for p in hooked]
-        # Copies, since torch keeps as .grad what it is given, and the products need theirs.
+        # Copies, since torch keeps its argument as .grad, and the products need the gradients.
         copies = [g.detach().clone() for g in gradients.values()]
         torch.autograd.backward(list(gradients), copies)
         for p in (p for block in self.blocks for p in block if hasattr(p, self.savefield)):
@@ -264,37 +264,37 @@ class Curvature:
         return products
 
     def _differentiate(self, loss: Tensor, z: Tensors) -> _Derivatives:
-        """What a backward pass from the loss leaves."""
+        """Compute gradients and what the products need."""
         raise NotImplementedError
 
 
 class _Derivatives(NamedTuple):
-    """Gradients Jᵀu of all leaves, and for any block of them the products with C and with J."""
+    """The gradients Jᵀu of all leaves; for any block of leaves, the products with C and with J."""
 
     gradients: dict[Tensor, Tensor]
     multiply: Multiply
     u: Tensors
-    push: Multiply
+    jvp: Multiply
 
 
-# Of u^T J v, relative to the lengths: what half precision, as under autocast, may leave.
+# How far uᵀJv may be from gᵀv, relative to the lengths: half precision (autocast) needs this.
 SEEN = 0.05
 
 
 class GGN(Curvature):
     """The generalized Gauss–Newton matrix G = Jᵀ (∂²ℓ/∂z²) J, in diagonal blocks.
 
-    With s = ∂ℓ/∂z and any u like z, one backward pass with a graph of its own computes Jᵀu. At
-    u = s it is the gradient; as it is linear in u, its derivative by u multiplies by J. Thus
+    With s = ∂ℓ/∂z and any u like z, one backward pass computes Jᵀu and records a graph of Jᵀu. At
+    u = s, Jᵀu is the gradient. Jᵀu is linear in u, so that its derivative by u is Jᵀ. Thus
 
         w = J v = (∂(Jᵀu)/∂u)ᵀ v,        G v = Jᵀ (∂s/∂z) w = (∂s/∂θ)ᵀ w
 
-    take two passes through the part of the network from the block on to the loss, about as much as
-    a forward and a backward pass.
+    take two passes through the network from the block to the loss, which cost about as much as a
+    forward and a backward pass.
 
     The loss must depend on the parameters through the outputs only: for a penalty ½ μ‖θ‖², use the
-    optimizer's `weight_decay`. Which tensor counts as the outputs matters: take the one in which
-    the loss is convex, the logits and not their softmax.
+    optimizer's `weight_decay`. G depends on the choice of the outputs: take a tensor in which the
+    loss is convex, such as the logits, and not their softmax.
 
     Example:
         >>> from cgn_tutorial.cgn import CGNOptimizer
@@ -351,23 +351,23 @@ class GGN(Curvature):
             Jtu = iter(_pullback(z, x, u, create_graph=True))
         gradients = {p: next(Jtu) for p in leaves}
         ways = {
-            p: [(next(Jtu), push) for _, push in way] for p, way in zip(leaves, points, strict=True)
+            p: [(next(Jtu), carry) for _, carry in way] for p, way in zip(leaves, points, strict=True)
         }
 
-        def push(block: Tensors, v: Tensors) -> Tensors:
-            pairs = [(g, push(v_p)) for p, v_p in zip(block, v, strict=True) for g, push in ways[p]]
+        def jvp(block: Tensors, v: Tensors) -> Tensors:
+            pairs = [(g, carry(x)) for p, x in zip(block, v, strict=True) for g, carry in ways[p]]
             return _pullback([g for g, _ in pairs], u, [t for _, t in pairs])
 
         def multiply(block: Tensors, v: Tensors) -> Tensors:
-            return _pullback(s, block, push(block, v))
+            return _pullback(s, block, jvp(block, v))
 
-        return _Derivatives(gradients, multiply, u, push)
+        return _Derivatives(gradients, multiply, u, jvp)
 
 
 class Hessian(Curvature):
     """The Hessian H = ∂²L/∂θ², in diagonal blocks.
 
-    With the gradient g = ∂L/∂θ from a backward pass that has a graph of its own,
+    A backward pass computes the gradient g = ∂L/∂θ and records a graph of g. Then
 
         H v = (∂g/∂θ)ᵀ v.
 
@@ -390,24 +390,24 @@ class Hessian(Curvature):
         def multiply(block: Tensors, v: Tensors) -> Tensors:
             return _pullback([gradients[p] for p in block], block, v)
 
-        def push(block: Tensors, v: Tensors) -> Tensors:
+        def jvp(block: Tensors, v: Tensors) -> Tensors:
             return _pullback([gradients[p] for p in block], u, v)
 
-        return _Derivatives(gradients, multiply, u, push)
+        return _Derivatives(gradients, multiply, u, jvp)
 
 
 def restrict(extension: Any, masks: Mapping[Tensor, Tensor]) -> None:
-    """Keep entries of parameters where they are: the next step is solved in those left.
+    """Keep some entries of parameters: the next step solves for the other entries only.
 
-    With P = diag(mask), P g and P C P take the place of the gradient g and of the product with C.
-    The step is 0 where the mask is, and Newton's in the others. (A mask on the gradient alone does
-    not do that: C mixes the entries.) Call it after each backward pass, before `whole_batch` and
-    `step()`. A `weight_decay` still acts on all entries.
+    With P = diag(mask), P g replaces the gradient g, and P C P replaces the curvature C. The step
+    is 0 for entries of mask 0, and Newton's step in the other entries. (To mask the gradient alone
+    is not enough: C mixes the entries.) Call this function after each backward pass, and before
+    `whole_batch` and `step()`. A `weight_decay` still acts on all entries.
 
     Args:
-        extension: What left the products: a `Curvature`, or an extension of BackPACK.
-        masks: For each parameter to restrict, a tensor of its shape: 1 to move, 0 to keep. One
-            without a gradient is passed over.
+        extension: The extension that left the products, such as a `GGN`, or BackPACK's `GGNMP()`.
+        masks: For each parameter to restrict, a tensor of its shape: 1 moves an entry, 0 keeps an
+            entry. Parameters without a gradient are skipped.
 
     Raises:
         ValueError: A mask has another shape, or other numbers than 0 and 1.
@@ -463,41 +463,41 @@ def check_products(
     probes: int = 3,
     evaluate: Callable[[], Any] | None = None,
 ) -> float:
-    """Check that curvature products are what they should be, before `step()`.
+    """Check curvature products, before `step()`.
 
-    For random vectors u and v, a symmetric C has uᵀCv = vᵀCu, and a positive semi-definite one
-    uᵀCu ≥ 0. A product that fails either is wrong; one that passes may be wrong in other ways. With
-    `evaluate`, C v is also held against central differences, which need first derivatives only, and
-    which find any wrong product,
+    For random vectors u and v, a symmetric C has uᵀCv = vᵀCu, and a positive semi-definite C has
+    uᵀCu ≥ 0. A product that fails either test is wrong; a product that passes may still be wrong.
+    With `evaluate`, C v is also compared with central differences. They need first derivatives
+    only, and they find any wrong product,
 
         H v ≈ (g(θ + hv) − g(θ − hv)) / 2h,      G v ≈ Jᵀ (s(θ + hv) − s(θ − hv)) / 2h,
 
-    with the gradient g and s = ∂ℓ/∂z. Worth a call for each new model, loss or extension: torch
-    itself has second derivatives that fail. Nothing is changed: parameters and buffers of modules
-    are as before, bit for bit, and so is the global random generator of torch.
+    with the gradient g and s = ∂ℓ/∂z. Check each new model, loss or extension: some second
+    derivatives of torch are wrong. The check changes nothing: parameters, buffers of modules and
+    the global random generator of torch are as before, bit for bit.
 
     Args:
-        products: Products over blocks, what `curvature.backward` returns, or `optimizer.blocks()`.
+        products: Products over blocks: what `curvature.backward` returns, or `optimizer.blocks()`.
         positive: Whether C must be positive semi-definite, as the GGN of a convex loss is.
-        probes: Pairs of vectors per block, each of two products.
-        evaluate: Computes the loss of the products again: the same batch and mode, and the same
-            dropout, by a seed of its own. If it returns the loss alone, the products must be those
-            of the Hessian; if it returns `(loss, outputs)`, those of the GGN.
+        probes: The number of pairs u, v per block. Each pair costs two products.
+        evaluate: Computes the loss of the products again, with the same batch, mode and dropout
+            (set a seed). To check products of the Hessian, `evaluate` returns the loss; to check
+            products of the GGN, `evaluate` returns `(loss, outputs)`.
 
     Returns:
-        The largest `|uᵀCv − vᵀCu|` found, relative to the mean of ‖Cu‖ and ‖Cv‖.
+        The largest `|uᵀCv − vᵀCu|`, relative to the mean of ‖Cu‖ and ‖Cv‖.
 
     Raises:
         TypeError: A product does not name its parameters.
         ValueError: There are no products.
         RuntimeError: A product is not symmetric, or not positive, to half of the dtype's digits; or
-            it differs from the differences by more than twice the third root of the dtype's epsilon
-            (1 % in float32, 10⁻⁵ in float64) of their length, and by more than three times what
-            differences with other h differ. The message names the parameters.
+            C v is too far from the central differences: by more than 2 ∛ε of their length, with the
+            dtype's ε (1 % in float32, 10⁻⁵ in float64), and by more than three times the distance
+            between the differences for two h. The message names the parameters.
 
     Note:
-        Differences are sharp in float64 on smooth models. The gradient of a model with kinks, as of
-        ReLU, jumps: for its Hessian, in float32 above all, they may differ too much to tell.
+        Central differences are accurate in float64 for smooth models. The gradient of a model with
+        kinks, such as ReLU's, jumps: its Hessian may pass though wrong, above all in float32.
     """
     products = list(products)
     if not products:
@@ -538,7 +538,7 @@ def check_products(
                 )
             worst = max(worst, gap)
             probed.append((name, block, uv[0], Cuv[0]))
-    if evaluate is not None:  # after all products, since BackPACK's read what modules saw last
+    if evaluate is not None:  # after all products: BackPACK's use the last inputs of modules
         for name, block, v, Cv in probed:
             _check_differences(name, block, v, Cv, evaluate)
     return worst
@@ -550,7 +550,7 @@ def _check_differences(
     """Raise unless the product C v agrees with central differences."""
     h = torch.finfo(v.dtype).eps ** (1 / 3)
     x = torch.cat([p.detach().reshape(-1) for p in block])
-    size = max(float(x.double().square().mean()) ** 0.5, 0.01)  # of a typical number
+    size = max(float(x.double().square().mean()) ** 0.5, 0.01)  # a typical number in x
     found: list[Tensor] = []
     for smaller in (1, 8, 64):
         found.append(_differences(block, v, h * size / smaller, evaluate))
@@ -575,9 +575,9 @@ def _differences(block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any
     start = [p.detach().clone() for p in block]
     slopes: list[list[Tensor]] = []
     try:
-        for t in (h, -h, 0.0):  # the last for J, and to leave in modules what they saw before
+        for t in (h, -h, 0.0):  # 0 for J, and to leave modules their old inputs
             for p, x, v_p in zip(block, start, _parts(v, block), strict=True):
-                p.data.copy_(x + t * v_p)  # .data, since the products go on to serve
+                p.data.copy_(x + t * v_p)  # .data keeps the products valid
             with _undisturbed(block), torch.enable_grad():
                 result = evaluate()
                 loss, z = result if isinstance(result, tuple) else (result, None)
@@ -596,7 +596,7 @@ def _differences(block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any
 
 @contextmanager
 def _undisturbed(block: Tensors) -> Iterator[None]:
-    """Put back the buffers of all modules that run, and the global random generators."""
+    """Restore, at the end, the buffers of all modules that ran, and the random generators."""
     kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, _: Any) -> None:
@@ -618,7 +618,7 @@ def _undisturbed(block: Tensors) -> Iterator[None]:
 
 
 def _pullback(y: Tensors, x: Sequence[Any], v: Tensors, create_graph: bool = False) -> list[Tensor]:
-    """(∂y/∂x)ᵀ v, one tensor for each of x, zero where y does not depend on it."""
+    """(∂y/∂x)ᵀ v, one tensor for each x_i; zero if y does not depend on x_i."""
     pairs = [(y_i, v_i) for y_i, v_i in zip(y, v, strict=True) if y_i.requires_grad]
     products: Sequence[Tensor | None] = [None] * len(x)
     if pairs:
@@ -627,7 +627,7 @@ def _pullback(y: Tensors, x: Sequence[Any], v: Tensors, create_graph: bool = Fal
             ys, x, vs, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
     return [
-        # For an edge of the graph, any zero will do: no pass goes through a constant.
+        # For an edge of the graph, a zero of any shape will do: no pass goes through a constant.
         (torch.zeros_like(x_i) if isinstance(x_i, Tensor) else torch.zeros(()))
         if product is None
         else product
@@ -637,8 +637,8 @@ def _pullback(y: Tensors, x: Sequence[Any], v: Tensors, create_graph: bool = Fal
 
 @contextmanager
 def _without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """Passes that end at these leaves, but leave their hooks to the pass of the gradient."""
-    # torch runs a leaf's hooks whenever a pass ends there, and reads them from this dictionary.
+    """Switch off the hooks of these leaves, which are for the pass of the gradient alone."""
+    # torch runs the hooks in this dictionary whenever a pass ends at the leaf.
     hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in leaves if p._backward_hooks]
     for live, _ in hooks:
         live.clear()
@@ -653,7 +653,7 @@ Edge = tuple[Any, int]  # an operation of the graph, and which of its inputs or 
 
 
 def _edge(y: Tensor) -> Edge:
-    """Where a backward pass from y enters the graph."""
+    """The edge at which a backward pass from y enters the graph."""
     node, i, *_ = get_gradient_edge(y)
     return node, i
 
@@ -665,10 +665,10 @@ def _leaves(
     stop: bool = False,
     twice: bool = True,
 ) -> tuple[dict[Tensor, list[Edge]], set[Edge]]:
-    """The leaves that are reached, their users, and which outputs were met on the way.
+    """Walk the graph from its starts: the leaves reached, each with its users, and the outputs met.
 
-    With `stop`, ways end at the outputs. Operations are refused whose derivative is wrong, by the
-    gradient that comes in, or, if they are differentiated `twice`, by what they saved.
+    With `stop`, the walk ends at outputs. Raise at an operation if torch differentiates its
+    backward pass wrongly: by the incoming gradient, or, if `twice`, by its saved tensors.
     """
     todo: list[tuple[Edge, Edge]] = [(edge, (None, 0)) for edge in starts]
     leaves: dict[Tensor, list[Edge]] = {}
@@ -692,12 +692,12 @@ def _leaves(
     return leaves, met
 
 
-def _points(p: Tensor, users: list[Edge]) -> list[tuple[Any, Push]]:
-    """Points of the graph that p acts through, and how a change of p arrives at each."""
-    # For a change of its kernel, torch's second derivative of a convolution also computes what
-    # becomes of the gradient of its input, a slow transposed convolution that no product needs. So
-    # the change is taken to where the layer ends. (For a change of the input, it also computes what
-    # becomes of the gradient of the kernel: each convolution above the block still does that.)
+def _points(p: Tensor, users: list[Edge]) -> list[tuple[Any, Carry]]:
+    """The points of the graph where p acts, and functions that carry a change of p to them."""
+    # A change of the kernel of a convolution also changes the gradient of its input. Torch computes
+    # the latter change by a slow transposed convolution, which no product needs. So we carry the
+    # change of the kernel to the convolution's output. (A change of the input likewise changes the
+    # gradient of the kernel: each convolution above the block still computes that change.)
     if all(
         node is not None and (node.name(), i) == ("ConvolutionBackward0", 1) for node, i in users
     ):
@@ -706,14 +706,14 @@ def _points(p: Tensor, users: list[Edge]) -> list[tuple[Any, Push]]:
 
 
 def _convolve(node: Any, v: Tensor) -> Tensor:
-    """The convolution of a graph with another kernel v, and no bias."""
+    """The convolution at a node of the graph, with the kernel v and no bias."""
     names = "stride", "padding", "dilation", "transposed", "output_padding", "groups"
     options = [getattr(node, f"_saved_{name}") for name in names]
     return torch.convolution(node._saved_input, v, None, *options)
 
 
 def _number(loss: Any) -> Tensor:
-    """The loss, after checking that it is a number with a graph."""
+    """The loss. Raise unless the loss is a single number with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"The loss must be a tensor, not {type(loss).__name__}: pass it with its graph, not "
@@ -749,19 +749,19 @@ def _norm(x: Tensor) -> float:
 
 
 def _dtype(block: Tensors) -> torch.dtype:
-    """The dtype of all numbers of the block in one vector."""
+    """The dtype of a vector that holds all numbers of the block."""
     return reduce(torch.promote_types, [p.dtype for p in block])
 
 
 def _parts(v: Tensor, block: Tensors) -> list[Tensor]:
-    """The n numbers v in the shapes and dtypes of the block, with memory of their own."""
+    """The n numbers v as new tensors, in the shapes and dtypes of the block's parameters."""
     # torch.view_as_complex, for one, refuses a view with an odd offset.
     parts = zip(v.split([p.numel() for p in block]), block, strict=True)
     return [part.view_as(p).to(p.dtype, copy=True) for part, p in parts]
 
 
-def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push: Multiply) -> None:
-    """Raise if uᵀJv is not gᵀv, for the v along each gradient g, of length 1."""
+def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, jvp: Multiply) -> None:
+    """Raise if uᵀJv is not gᵀv, for v = g / ‖g‖ with each gradient g."""
     rounding = torch.finfo(loss.dtype).eps ** 0.5 * abs(float(loss.detach()))
 
     def seen(block: Tensors) -> bool:
@@ -770,9 +770,9 @@ def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push:
         v = [g_p / (norm or 1.0) for g_p, norm in zip(g, norms, strict=True)]
         try:
             with _without_hooks(block), torch.no_grad():
-                w = push(block, v)
+                w = jvp(block, v)
         except RuntimeError:
-            return True  # the product will say why
+            return True  # the same error comes from the product, with a remedy
         pairs = [(u_i.detach().double(), w_i.double()) for u_i, w_i in zip(u, w, strict=True)]
         gv, uw = sum(norms), sum(float((u_i * w_i).sum()) for u_i, w_i in pairs)
         lengths = [math.hypot(*(_norm(x) for x in xs)) for xs in zip(*pairs, strict=True)]
@@ -786,10 +786,10 @@ def _check_seen(loss: Tensor, gradients: dict[Tensor, Tensor], u: Tensors, push:
 
 
 def _check_hooks(p: Tensor, g: Tensor, old: Tensor | None) -> None:
-    """Raise if hooks of p have set entries of its gradient g, added to an old one, to zero."""
+    """Raise if hooks of p have set entries of p.grad, which is `old` plus the gradient g, to 0."""
     if p.grad is None:
         return
-    # Not below the normal numbers, where dividing a gradient makes zeros, too.
+    # Entries below the normal numbers do not count: division makes them 0, too.
     masked = (g.abs() > torch.finfo(g.dtype).tiny) & (p.grad == 0)
     count = int((masked if old is None else masked & (old == 0)).sum())
     if count:
@@ -814,7 +814,7 @@ _UNSEEN = (
     "NumPy in a custom autograd.Function, by detach() in its backward, or by sparse_coo_tensor of "
     "trained values. Write the operation in torch, a sparse matrix by index_put or to_dense."
 )
-_WRONG = {  # its second derivative is zero at times, in place of an error
+_WRONG = {  # torch may return a second derivative of zero in place of an error
     "CompiledFunctionBackward": "what torch.compile made twice: use the model and the loss that "
     "were not compiled",
 }
@@ -841,7 +841,7 @@ _EXPLANATIONS = {
 
 
 def _explanation(message: str) -> str:
-    """What an error of torch means for a curvature product, and what to do about it."""
+    """The meaning of an error of torch for a curvature product, and the remedy."""
     for pattern, explanation in _EXPLANATIONS.items():
         if match := re.search(pattern, message):
             explained = explanation.format(match[1])

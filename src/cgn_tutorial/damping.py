@@ -1,4 +1,4 @@
-"""Damping that adapts to how well the quadratic model of a step foretells the loss."""
+"""Damping that adapts to how well the quadratic model predicts the change of the loss."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from cgn_tutorial.cgn import CGNOptimizer
 
 __all__ = ["LevenbergMarquardt"]
 
-# Changes of the loss that are smaller than this many roundings of the loss say nothing.
+# A change of the loss below this many roundings of the loss may be rounding alone.
 LOSS_ROUNDINGS = 10
 
 
 class LevenbergMarquardt:
-    """Damping that adapts to how well the quadratic model foretells the loss.
+    """Damping that adapts to how well the quadratic model predicts the change of the loss.
 
-    After a step v, the change of the loss is compared with the change that the damped model
-    predicts,
+    After a step γv, the rule compares the change of the loss L with the change that the damped
+    quadratic model q predicts,
 
         ρ = (L(x + γv) − L(x)) / q(γv),
 
-    and the damping of all parameters follows: λ ← 2/3 λ if ρ > 3/4, as the model is good, and
-    λ ← 3/2 λ if ρ < 1/4, as the model is not. A step after which the loss is not lower is taken
-    back. L is the loss and the penalty of the optimizer's `weight_decay`.
+    and changes the damping of all parameters: λ ← 2/3 λ if ρ > 3/4, a good model, and λ ← 3/2 λ if
+    ρ < 1/4, a bad model. If the loss is not lower after a step, the rule takes the step back. L
+    includes the penalty of the optimizer's `weight_decay`.
 
-    Judge the step on the batch of the gradient and the curvature, a large batch of several hundred
-    samples: judged on another batch, the λ of most runs in the tutorial grew until nothing moved.
+    Compute both losses on the batch of the gradient and the curvature, several hundred samples or
+    more. With losses on another batch, the λ of most runs in the tutorial grew until nothing moved.
     Solve for the whole network as one block, with γ = 1 and a warm start: the model of several
-    blocks does not know what the blocks do to each other.
+    blocks leaves out how the blocks act on each other.
 
     Args:
-        optimizer: What takes the steps.
-        minimum: The least λ.
-        buffers: Tensors that evaluating the loss changes, such as `model.buffers()` of a model with
-            BatchNorm in train mode. Their values before an evaluation are put back after it.
+        optimizer: The optimizer that takes the steps.
+        minimum: The smallest λ.
+        buffers: Tensors that an evaluation of the loss changes, such as `model.buffers()` of a
+            model with BatchNorm in train mode. Each evaluation leaves their values as they were.
 
     Attributes:
         optimizer: As given.
         minimum: As given.
 
     Note:
-        The ratio compares two losses, so both must be losses of the same function. Dropout draws
-        another function for each evaluation: seed both evaluations alike, or leave dropout out.
+        Both losses of ρ must be values of the same function. Dropout draws another function for
+        each evaluation: seed both evaluations alike, or leave dropout out.
 
     Example:
         >>> from cgn_tutorial import GGN
@@ -78,21 +78,21 @@ class LevenbergMarquardt:
         self._buffers = list(buffers)
 
     def step(self, loss: Tensor | float, evaluate: Callable[[], Tensor | float]) -> float:
-        """Let the optimizer step, then adapt its damping, and take the step back if it did harm.
+        """Let the optimizer step, adapt the damping, and take back a step that did harm.
 
         Args:
-            loss: The loss before the step, whose gradients and products are there.
-            evaluate: Computes the same loss again, on the same batch. Gradients are on or off as
-                they are for the caller, so that `evaluate` may differentiate.
+            loss: The loss before the step. The parameters must carry its gradients and products.
+            evaluate: Computes the same loss again, on the same batch. Autograd is on in `evaluate`
+                if autograd is on for the caller, so that `evaluate` may differentiate.
 
         Returns:
-            The ratio ρ. It is −∞ if the loss after the step was not finite, and NaN if both
-            changes are lost in the rounding of the loss; then λ stays.
+            The ratio ρ: −∞ if the loss after the step was not finite, and NaN if both changes are
+            smaller than the rounding of the loss. NaN leaves λ as it is.
 
         Raises:
             RuntimeError: As the optimizer's `step()`.
-            Exception: What `evaluate` raises. In either case parameters, λ and the optimizer's
-                state are as before the step; a gradient and a product serve one step all the same.
+            Exception: What `evaluate` raises. After either error, parameters, λ and the optimizer's
+                state are as before the step. Compute gradients and products anew for the next step.
         """
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
@@ -108,7 +108,7 @@ class LevenbergMarquardt:
             self.optimizer.state.update(state)
             raise
 
-        # Accelerate's wrapper of an optimizer passes on what all optimizers have, and no more.
+        # Accelerate's wrapper has no `predicted`, but the optimizer that it wraps has.
         predicted = getattr(self.optimizer, "optimizer", self.optimizer).predicted
         rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
         eps = max((torch.finfo(p.dtype).eps for p in parameters), default=0.0)
@@ -116,7 +116,7 @@ class LevenbergMarquardt:
             rho = math.nan
         if not change < 0:
             _copy(before, parameters)
-            self.optimizer.state.clear()  # the next solve must not start from a step that failed
+            self.optimizer.state.clear()  # the next solve must not start from a rejected step
         for group in groups:
             if rho > 3 / 4:
                 group["damping"] = max(group["damping"] * 2 / 3, self.minimum)
@@ -125,7 +125,7 @@ class LevenbergMarquardt:
         return rho
 
     def _evaluated(self, evaluate: Callable[[], Tensor | float]) -> float:
-        """The loss, with the buffers put back."""
+        """The loss. The buffers are as before."""
         before = [buffer.clone() for buffer in self._buffers]
         try:
             return _number(evaluate())

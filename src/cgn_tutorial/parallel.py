@@ -1,9 +1,9 @@
 """One Newton step of several processes, each of which has a part of the batch.
 
-Process i has n_i of the N samples, and a loss that is the mean over them. Gradient and curvature
-products of the whole batch are the means of those of the processes, weighted by n_i / N. So
-`whole_batch` replaces what lies on the parameters of each process by these means, between the
-backward pass and the optimizer's `step()`, which then needs to know nothing of other processes.
+Process i has n_i of the N samples, and the mean loss over these samples. The gradient of the whole
+batch is the mean of the processes' gradients, weighted by n_i / N; so are the curvature products.
+`whole_batch` puts these means on the parameters of each process, between the backward pass and the
+optimizer's `step()`. The optimizer itself knows nothing of other processes.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from cgn_tutorial.cgn import Block, CGNOptimizer
 
 __all__ = ["Share", "whole_batch"]
 
-CHUNK = 1 << 20  # numbers of a fingerprint at a time, which bounds its memory
+CHUNK = 1 << 20  # how many numbers a fingerprint reads at a time, which bounds its memory
 
 
 def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> Share:
-    """Make the gradients and curvature products of this process those of the whole batch.
+    """Replace the gradients and curvature products of this process by those of the whole batch.
 
-    Call this function after the backward pass, and before `optimizer.step()`; with a closure, as
-    the last line of the closure but its return:
+    Call this function after the backward pass, and before `optimizer.step()`. If you pass a closure
+    to `step()`, call this function in the closure:
 
         loss.backward()                                   # or curvature.backward(loss, outputs)
         share = whole_batch(optimizer, len(inputs))
         optimizer.step()
 
-    Each product is averaged by one all-reduce whenever the solve asks for it. Gradients are
-    averaged by one all-reduce a step, unless they are the same everywhere to the last bit, as
-    DistributedDataParallel leaves them. All else is computed from these means, by each process for
-    itself. So the processes need the same hardware and number of threads to go on with the same
-    parameters, which this function makes sure of, by one all-gather a step.
+    One all-reduce averages each product when the solve asks for the product. One all-reduce a step
+    averages the gradients, unless all processes have the same gradients to the last bit, as
+    DistributedDataParallel leaves them. Each process computes all else for itself. To keep the same
+    parameters, the processes need the same hardware and the same number of threads. One all-gather
+    a step checks that blocks, options and parameters agree.
 
     Args:
         optimizer: The optimizer of this process.
-        batch_size: How many samples the loss of this process is the mean of.
+        batch_size: The number of samples in the loss of this process.
         group: The processes that share the batch; `None` means all.
 
     Returns:
-        What this process has of the batch: `share.loss` averages a loss.
+        The share of this process in the batch: `share.loss` averages a loss over all processes.
 
     Raises:
         TypeError: `group` is not a group that this process belongs to.
-        ValueError: `batch_size` is not a positive integer, or it differs between processes whose
-            gradients have been averaged without weights.
-        RuntimeError: A product is missing, or has been averaged already; parameters, options or
-            gradients of the processes do not belong together. If one process raises, all of them
-            do, and nothing has been changed.
-        ConnectionError: Another process does not answer: it has died, or is late beyond the
-            timeout of the group. No parameter has been changed.
+        ValueError: `batch_size` is not a positive integer; or the processes differ in `batch_size`,
+            but their gradients are averages without weights already.
+        RuntimeError: A product is missing, or is an average already; or the blocks, options or
+            parameters of the processes differ. If one process raises an error, all processes raise
+            an error, and nothing has been changed.
+        ConnectionError: Another process does not answer within the timeout of the group, or has
+            died. No parameter has been changed.
     """
     if group is None:
         group = distributed.group.WORLD
@@ -68,7 +68,7 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
     mine = torch.zeros(4, dtype=torch.int64, device=device)
     blocks: list[Block] = []
     fault = None
-    try:  # a process that fails must still tell the others, which would wait for it
+    try:  # a process that fails must still answer: the others wait for all processes
         blocks = _own_blocks(optimizer)
         mine = _checksums(optimizer, blocks, batch_size).to(device)
     except Exception as error:
@@ -77,8 +77,8 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
     _communicate("all_gather", gathered, mine, group=group)
     if fault is not None:
         raise fault
-    sizes, options, numbers, gradients = torch.stack(gathered).T.tolist()
-    _check_alike(sizes, options, numbers)
+    sizes, options, parameters, gradients = torch.stack(gathered).T.tolist()
+    _check_alike(sizes, options, parameters)
     share = Share(sizes[group.rank()] / sum(sizes), group)
     if not _are_averages(gradients, sizes):
         _average_gradients(share, blocks, device)
@@ -90,10 +90,10 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
 
 
 class Share:
-    """What one process has of a batch.
+    """The share of one process in a batch.
 
     Attributes:
-        weight: The share n_i / N of the samples.
+        weight: The share n_i / N of the batch's samples.
         group: The processes that share the batch.
     """
 
@@ -105,7 +105,7 @@ class Share:
         """The mean of a loss over the whole batch.
 
         Args:
-            compute: Computes the mean loss of this process.
+            compute: Computes the mean loss over the samples of this process.
 
         Returns:
             The weighted mean, the same in all processes.
@@ -148,14 +148,14 @@ class MeanProduct:
 
     Attributes:
         parameters: The parameters of the block.
-        averaged: True, which the optimizer asks for if several processes run.
+        averaged: True. If several processes run, the optimizer refuses other products.
     """
 
     averaged = True
 
     def __init__(self, block: Block, share: Share) -> None:
         self.parameters = block.parameters
-        self._block = block  # checks the shape, and another size would break the all-reduce
+        self._block = block  # raises for another shape, which would break the all-reduce
         self._share = share
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class MeanProduct:
 
 
 def _own_blocks(optimizer: CGNOptimizer) -> list[Block]:
-    """The blocks of this process, which must not be averages yet."""
+    """The blocks of this process. Raise if `whole_batch` has averaged their products already."""
     blocks = optimizer.blocks()
     if any(getattr(block.product, "averaged", False) for block in blocks):
         raise RuntimeError(
@@ -175,7 +175,7 @@ def _own_blocks(optimizer: CGNOptimizer) -> list[Block]:
 
 
 def _checksums(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) -> Tensor:
-    """Four integers: the batch size, and sums that differ if options, numbers or gradients do."""
+    """The batch size, and checksums of options, of parameters and starts, and of gradients."""
     if not (hasattr(batch_size, "__index__") and batch_size > 0):
         raise ValueError(
             "batch_size must be the number of samples of this process, at least 1, but is "
@@ -198,12 +198,12 @@ def _checksums(optimizer: CGNOptimizer, blocks: list[Block], batch_size: int) ->
 
 
 def _gradients(blocks: list[Block]) -> list[Tensor]:
-    """The gradients of all parameters of these blocks."""
+    """The gradients of the blocks' parameters."""
     return [p.grad for block in blocks for p in block.parameters if p.grad is not None]
 
 
 def _fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """An integer that sums all bits of all tensors, weighted by their places; 0 for zeros."""
+    """A checksum of all bits of all tensors, weighted by their places; 0 if all bits are 0."""
     total = torch.tensor(0)
     for tensor in tensors:
         for chunk in tensor.detach().reshape(-1).view(torch.int16).split(CHUNK):
@@ -212,27 +212,27 @@ def _fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _check_alike(sizes: list[int], options: list[int], numbers: list[int]) -> None:
-    """Raise, in all processes alike, unless the processes can step together."""
+def _check_alike(sizes: list[int], options: list[int], parameters: list[int]) -> None:
+    """Raise in all processes unless all have blocks, the same options and the same parameters."""
     if faulty := [i for i, size in enumerate(sizes) if not size]:
         raise RuntimeError(
             f"No Newton step: process {faulty[0]} of {len(sizes)} could not take part, and its own "
             "error says why. Nothing has been changed."
         )
     for what, sums in (
-        ("gradients, blocks or options: which parameters have a gradient, lr, damping", options),
-        ("parameters or starting points: begin with one seed, or load one checkpoint", numbers),
+        ("gradients, blocks or options (which parameters have gradients, lr, damping, …)", options),
+        ("parameters or starting points: begin with one seed, or load one checkpoint", parameters),
     ):
         if len(set(sums)) > 1:
             other = next(i for i, total in enumerate(sums) if total != sums[0])
             raise RuntimeError(
-                f"No Newton step: process {other} differs from process 0 in its {what}, in all of "
-                f"the {len(sums)} processes. Nothing has been changed."
+                f"No Newton step: of {len(sums)} processes, process {other} differs from process 0 "
+                f"in its {what}. Nothing has been changed."
             )
 
 
 def _are_averages(gradients: list[int], sizes: list[int]) -> bool:
-    """Whether the gradients have been averaged already; raise if that was without the weights."""
+    """Whether gradients are averages already. Raise if the averages lack the weights n_i / N."""
     averaged = len(set(gradients)) == 1
     if averaged and gradients[0] and len(set(sizes)) > 1:
         raise ValueError(
@@ -253,7 +253,7 @@ def _average_gradients(share: Share, blocks: list[Block], device: torch.device) 
 
 
 def _communicate(collective: str, *tensors: Any, group: Any) -> None:
-    """Call a collective of torch.distributed, and say what it means if that fails."""
+    """Call a collective of torch.distributed, and explain the error if the call fails."""
     try:
         getattr(distributed, collective)(*tensors, group=group)
     except Exception as error:
