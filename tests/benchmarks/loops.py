@@ -116,7 +116,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "goes well": {"lr": 0.3, "damping": 1e-2, "tol": 0.1, "maxiter": 50},
     "goes badly": {"lr": 1.0, "damping": 1e-5, "tol": 0.01, "maxiter": 50},
 }
-SHADES = {"converged": "blue", "maxiter": "orange", "negative curvature": "red"}
+SHADES = {"converged": "blue", "maxiter": "orange"}
+OTHERS = "red"  # solves that ended otherwise
 
 
 def draw_diagnostics() -> Figure:
@@ -127,7 +128,9 @@ def draw_diagnostics() -> Figure:
         losses, solves = fit(0, **options)
         for step, of_step in enumerate(solves):
             for ax, solve in zip(column[1:], of_step.values(), strict=True):
-                ax.bar(step, solve.products, color=COLORS[SHADES[solve.reason]], width=0.9)
+                ax.bar(
+                    step, solve.products, color=COLORS[SHADES.get(solve.reason, OTHERS)], width=0.9
+                )
         column[0].semilogy(losses, color="black")
         column[0].set_title(title)
         column[-1].set_xlabel("step")
