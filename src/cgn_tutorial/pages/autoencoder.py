@@ -1,4 +1,4 @@
-"""The training of a deep autoencoder, with damping that adapts or without, and with Adam."""
+"""Train a deep autoencoder by Newton steps, with fixed or adaptive damping, or by Adam."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Reconstruction", "train_autoencoder"]
 
 
 class Reconstruction(NamedTuple):
-    """How well the autoencoder does at some point.
+    """The test error of the autoencoder during the training.
 
     Attributes:
         steps: Steps taken so far.
-        seconds: Time spent on them, without loading data and testing.
+        seconds: Seconds of these steps, without loading data and testing.
         error: The squared error of an image, summed over its pixels, averaged over all test images.
-        damping: λ by then; NaN for Adam.
+        damping: λ after these steps; NaN for Adam.
     """
 
     steps: int
@@ -48,22 +48,22 @@ def train_autoencoder(
     """Train the autoencoder on the cross-entropy of its pixels.
 
     Args:
-        seed: Of the weights and the batches.
-        lr: The step size, or Adam's rate.
-        damping: λ to begin with; `None` trains with Adam instead.
-        adapt_to: Where Levenberg's and Marquardt's rule compares the losses before and after a
-            step, on `"the same batch"` or on `"another batch"`; `None` keeps λ as it is.
+        seed: The seed of the weights and the batches.
+        lr: The step size γ, or the learning rate of Adam.
+        damping: The first λ; `None` trains with Adam.
+        adapt_to: The batch on which `LevenbergMarquardt` compares the losses before and after a
+            step, `"the same batch"` as the gradient's, or `"another batch"`; `None` keeps λ fixed.
         batch_size: Images per step.
-        seconds: When to end.
-        steps: The steps after which to end in any case.
-        **options: Further ones of `CGNOptimizer`.
+        seconds: The training ends after this many seconds.
+        steps: The training ends after this many steps, if not before.
+        **options: Further options of `CGNOptimizer`.
 
     Returns:
-        The error each time the steps have grown by a fifth, up to the end or to numbers that are
-        not finite.
+        Measurements, each after a fifth more steps than the last one, up to the end, or up to a
+        number that is not finite.
 
     Raises:
-        ValueError: `adapt_to` is something else.
+        ValueError: `adapt_to` is not one of these values.
     """
     if adapt_to not in ("the same batch", "another batch", None):
         raise ValueError(
@@ -113,7 +113,7 @@ def train_autoencoder(
         begin = clock()
         try:
             update(pixels, others)
-        except RuntimeError:  # the optimizer's, about numbers that are not finite
+        except RuntimeError:  # the optimizer met numbers that are not finite
             break
         spent += clock() - begin
         taken += 1

@@ -1,4 +1,4 @@
-"""MNIST, the copy that comes with the package, and the figures of the published run on it."""
+"""MNIST, in the copy of this package, and the figures of the published run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MNIST_MEAN = 0.1307
 MNIST_STD = 0.3081
 
 _SIZES = {"train": 60_000, "t10k": 10_000}
-_IMAGES_MAGIC, _LABELS_MAGIC = 0x803, 0x801  # unsigned bytes, of rank 3 and of rank 1
+_IMAGES_MAGIC, _LABELS_MAGIC = 0x803, 0x801  # unsigned bytes, in 3 dimensions and in 1
 
 
 def load_mnist(
@@ -35,19 +35,18 @@ def load_mnist(
     Pixels are scaled to [0, 1], then shifted and scaled by `MNIST_MEAN` and `MNIST_STD`.
 
     Args:
-        train: The 60,000 training images, or else the 10,000 test images.
-        root: A folder in torchvision's layout, `root/MNIST/raw`, to read from; `~` stands for your
-            home folder. `None` reads the copy that comes with the package: no network, and nothing
-            is written.
-        download: Let torchvision download into `root` what is missing there.
+        train: Whether to read the 60,000 training images or the 10,000 test images.
+        root: The folder to read from, in torchvision's layout `root/MNIST/raw`; `~` stands for your
+            home folder. `None` reads the package's copy, without network, and writes nothing.
+        download: Whether torchvision downloads missing files into `root`.
 
     Returns:
         A data set of images, float32 `[N, 1, 28, 28]`, and labels, int64 `[N]`.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is damaged: its name, what was expected and what was found. Or
-            `download` was asked for without a `root`.
+        ValueError: A file is damaged; the message says what was expected and what was found. Or
+            `download` is True, but `root` is None.
 
     Source:
         LeCun, Cortes and Burges, "The MNIST database of handwritten digits", CC BY-SA 3.0.
@@ -83,8 +82,8 @@ def mnist_loader(
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Mini-batches of `load_mnist`.
 
-    Iterating draws from torch's global generator, as `DataLoader(shuffle=True)` does: after
-    `torch.manual_seed`, the same batches come in the same order.
+    The order of the images comes from torch's global generator: after `torch.manual_seed(seed)`,
+    the same batches come in the same order.
 
     Args:
         batch_size: Images per batch; the last batch may be smaller.
@@ -104,9 +103,9 @@ def load_published_run() -> dict[str, Any]:
     """The loss and accuracy that the published example printed.
 
     Returns:
-        `"config"`: its `"seed"`, its `"batch_size"`, and its settings by the names that
-        `CGNOptimizer` gives them; `"iterations"`: when it printed; and `"runs"`: for each of nine
-        optimizers, its `"loss"` and `"accuracy"` on the mini-batches of those iterations.
+        `"config"`: the example's `"seed"`, `"batch_size"`, and options, named as in `CGNOptimizer`;
+        `"iterations"`: the iterations at which the example printed; `"runs"`: for each of nine
+        optimizers, the `"loss"` and the `"accuracy"` on the mini-batches of these iterations.
 
     Source:
         BackPACK's documentation, example "Matrix-free second-order optimization" (Dangel, Kunstner
@@ -118,7 +117,7 @@ def load_published_run() -> dict[str, Any]:
 
 
 def _read_idx(folder: Traversable, name: str, magic: int, shape: tuple[int, ...]) -> Tensor:
-    """The bytes of an IDX file, plain or gzipped, after checking everything its header says."""
+    """The bytes of an IDX file, plain or gzipped. Raise if its header or its length is wrong."""
     plain, zipped = folder / name, folder / f"{name}.gz"
     if not (plain.is_file() or zipped.is_file()):
         raise FileNotFoundError(

@@ -10,9 +10,9 @@ __all__ = ["make_autoencoder", "make_model"]
 def make_model(activation: type[nn.Module] = nn.Sigmoid) -> nn.Sequential:
     """A small convolutional network for MNIST whose gradients vanish.
 
-    Three layers of sigmoids, each of slope 1/4 at most, shrink what flows back through them, so
-    that gradient descent barely moves the first layers. The weights are drawn by torch's default
-    initialisation from the global generator.
+    The slope of a sigmoid is 1/4 at most. Three layers of sigmoids shrink the gradient of the first
+    layers so much that gradient descent barely moves them. Torch's default initialisation draws the
+    weights from the global generator.
 
     Args:
         activation: The module between the layers, such as `nn.ReLU`.
@@ -41,8 +41,8 @@ def make_model(activation: type[nn.Module] = nn.Sigmoid) -> nn.Sequential:
 def make_autoencoder() -> nn.Sequential:
     """A deep autoencoder of sigmoids for MNIST: images to 30 numbers, and back.
 
-    After Hinton and Salakhutdinov (2006), with fewer and smaller layers, but torch's default
-    initialisation from the global generator. What comes out are logits of the pixels.
+    After Hinton and Salakhutdinov (2006), but with fewer and smaller layers. Torch's default
+    initialisation draws the weights from the global generator. The outputs are logits of pixels.
 
     Returns:
         A model `[N, 784] → [N, 784]` with 449,514 parameters.

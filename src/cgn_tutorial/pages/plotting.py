@@ -1,4 +1,4 @@
-"""What the figures of several pages share."""
+"""Colours, curves and descriptions for the figures of several pages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cgn_tutorial.pages.training import History
 
 __all__ = ["COLORS", "describe", "explorable", "plot_histories"]
 
-#: Colours that colour-blind readers can tell apart (after Okabe and Ito, 2008), each with a
-#: contrast of at least 3 to a white page and to a dark one.
+#: Colours that colour-blind readers can tell apart (after Okabe and Ito, 2008). Each colour has a
+#: contrast of at least 3 to a white page and to a dark page.
 COLORS = {
     "blue": "#1f7fbf",
     "orange": "#c77700",
@@ -25,11 +25,11 @@ COLORS = {
 
 
 def describe(figure: Figure, alt: str) -> Figure:
-    """Attach to a figure what it shows, in words; the site makes it the alternative text.
+    """Attach to a figure a description in words, which the site makes the alternative text.
 
     Args:
         figure: The figure.
-        alt: One or two sentences for readers who cannot see it.
+        alt: One or two sentences for readers who cannot see the figure.
 
     Returns:
         The figure.
@@ -39,14 +39,14 @@ def describe(figure: Figure, alt: str) -> Figure:
 
 
 def explorable(figure: Figure, kind: str, data: Mapping[str, object]) -> Figure:
-    """Attach to a figure what the site needs to let a reader move it.
+    """Attach to a figure the data of a moving figure, which the site shows in its place.
 
-    Elsewhere, in scripts and notebooks, the figure stays as it is drawn.
+    In scripts and notebooks, the figure stays as drawn.
 
     Args:
-        figure: The figure, which shows how the moving one opens.
-        kind: Which of the site's moving figures it becomes, by its name in `explore.js`.
-        data: The settings it opens with, or the measurements it moves along: what JSON can hold.
+        figure: The figure, drawn as the moving figure opens.
+        kind: The name of the moving figure in `explore.js`.
+        data: The first settings of the moving figure, or its measurements, as values for JSON.
 
     Returns:
         The figure.
@@ -56,12 +56,12 @@ def explorable(figure: Figure, kind: str, data: Mapping[str, object]) -> Figure:
 
 
 def plot_histories(axes: Axes, histories: Mapping[str, History], name: str) -> None:
-    """Draw one curve per run, told apart by colour, marker and line style.
+    """Draw one curve per run. Runs differ in colour, marker and line style.
 
-    Runs of an optimizer that uses curvature products are solid, others dashed.
+    Runs with curvature products have solid lines; other runs have dashed lines.
 
     Args:
-        axes: Where to draw.
+        axes: The axes to draw on.
         histories: The runs, by label.
         name: The attribute of `History` to draw, `"loss"` or `"accuracy"`.
     """
@@ -74,7 +74,7 @@ def plot_histories(axes: Axes, histories: Mapping[str, History], name: str) -> N
             linewidth=1.2,
             marker=markers[i % len(markers)],
             markersize=4,
-            markevery=(i, 10),  # staggered: curves that coincide still show whose they are
+            markevery=(i, 10),  # staggered, so that curves that coincide both show
             label=label,
         )
     axes.set(xlabel="iteration", ylabel=f"mini-batch {name}")

@@ -1,4 +1,4 @@
-"""Races of optimizers on the tutorial's networks: turn by turn, by the clock, on unseen images."""
+"""Races of optimizers on the tutorial's networks, timed, and tested on unseen images."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from cgn_tutorial.pages.training import accuracy, default_device, quiet
 
 __all__ = ["METHODS", "Measurement", "Run", "Setting", "race", "step_rates"]
 
-Update = Callable[[Tensor, Tensor], None]  # of a loss and its outputs: backward pass and step
-Method = Callable[..., Update]  # of a model, a loss function, and options
+Update = Callable[[Tensor, Tensor], None]  # (loss, outputs): a backward pass and a step
+Method = Callable[..., Update]  # (model, loss function, **options)
 
 
 def _gradient(
@@ -35,7 +35,7 @@ def _gradient(
     loss_function: nn.Module,
     lr: float | Sequence[float],
 ) -> Update:
-    """Steps along gradients alone, with one rate, or one per parameter."""
+    """Steps of an optimizer of torch, with one learning rate or one rate per parameter."""
     parameters = list(model.parameters())
     rates = lr if isinstance(lr, Sequence) else [lr] * len(parameters)
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
@@ -57,10 +57,10 @@ def _autograd(
     adam_lr: float = 1e-2,
     **options: Any,
 ) -> Update:
-    """Newton steps with the GGN in these blocks, and Adam's for parameters in none of them.
+    """Newton steps with the GGN in these blocks, and Adam's steps for all other parameters.
 
-    The most products may differ from block to block. The blocks `without_curvature`, counted from
-    0, are solved with the damping alone, v = −g / λ.
+    Each block may have its own `maxiter`. The blocks with numbers in `without_curvature`, counted
+    from 0, take gradient steps v = −g / λ.
     """
     curvature = GGN(blocks(model))
     budgets = [maxiter] * len(curvature.blocks) if isinstance(maxiter, int) else maxiter
@@ -86,7 +86,7 @@ def _autograd(
 
 @dataclass(frozen=True)
 class _Zero:
-    """The product of a block that has no curvature."""
+    """The product over a block with C = 0."""
 
     parameters: Sequence[Tensor]
 
@@ -97,7 +97,7 @@ class _Zero:
 def _backpack(
     extension: Callable[[], Any], model: nn.Module, loss_function: nn.Module, **options: Any
 ) -> Update:
-    """Newton steps with a curvature of BackPACK's, per parameter."""
+    """Newton steps with an extension of BackPACK, with a block per parameter."""
     extend(loss_function)
     optimizer = CGNOptimizer(extend(model).parameters(), extension(), **options)
 
@@ -109,10 +109,10 @@ def _backpack(
     return update
 
 
-#: How each method is made from a model, a loss function and options. "CGN" has the GGN by autograd,
-#: a block per layer; "CGN + Adam" has Newton steps for the linear layers, and Adam for the
-#: convolutions. The names with a comma have a curvature of BackPACK's, a block per parameter;
-#: "Hessian" stops CG at negative curvature.
+#: Each method makes an update from a model, a loss function and options. "CGN" uses the GGN by
+#: autograd, with a block per layer. "CGN + Adam" takes Newton steps in the linear layers and Adam's
+#: steps in the convolutions. Methods with a comma use a curvature of BackPACK, with a block per
+#: parameter. "CGN, Hessian" stops CG at negative curvature.
 METHODS: Mapping[str, Method] = {
     "SGD": partial(_gradient, SGD),
     "Momentum": partial(_gradient, partial(SGD, momentum=0.9, nesterov=True)),
@@ -133,11 +133,11 @@ class Setting:
 
     Attributes:
         method: A key of `METHODS`.
-        options: What it is made with: `lr`, a number or one for each parameter, and for Newton
-            steps what `CGNOptimizer` takes.
+        options: The options of the method: `lr`, a number or a number per parameter, and for
+            Newton steps the options of `CGNOptimizer`.
         batch_size: Images per step.
-        activation: That of the model, `"Sigmoid"` or `"ReLU"`.
-        average: Factor of a running average of the weights, which is what is tested; 0 for none.
+        activation: The activation of the model, `"Sigmoid"` or `"ReLU"`.
+        average: The decay of a running average of the weights, which the tests use; 0 for none.
     """
 
     method: str
@@ -148,13 +148,13 @@ class Setting:
 
 
 class Measurement(NamedTuple):
-    """What a test found on the way.
+    """The result of a test during a run.
 
     Attributes:
         steps: Steps taken so far.
-        seconds: Time spent on them, without loading data and testing.
-        gradients: The same time in units of one gradient, a forward and a backward pass of a batch.
-        accuracy: On the 10,000 test images, between 0 and 1.
+        seconds: Seconds of these steps, without loading data and testing.
+        gradients: The same time, in forward and backward passes of a batch.
+        accuracy: The accuracy on the 10,000 test images, between 0 and 1.
     """
 
     steps: int
@@ -164,19 +164,19 @@ class Measurement(NamedTuple):
 
 
 class Run:
-    """A setting on its way, with a model and batches of its own.
+    """The training of a setting, with a model and batches of its own.
 
     Args:
-        setting: What trains.
-        seed: Of the weights and the batches.
+        setting: The setting to train.
+        seed: The seed of the weights and the batches.
 
     Attributes:
         setting: As given.
-        model: What trains.
+        model: The model to train.
         losses: The mini-batch loss before each step.
         tests: The tests so far.
-        seconds: Time spent on the steps so far.
-        failed: Whether a step met numbers beyond all bounds, and nothing more can follow.
+        seconds: Seconds of the steps so far.
+        failed: Whether a step met numbers that are not finite, which ends the run.
     """
 
     def __init__(self, setting: Setting, seed: int) -> None:
@@ -199,11 +199,11 @@ class Run:
     def turn(self, steps: int | None = None, *, test: bool = True) -> None:
         """Train until the next test, and test.
 
-        A test takes longer than many a step. So tests are rare, each time the steps have grown by
-        half, until mini-batches are recognised; then each time they have grown by a tenth.
+        A test takes longer than many steps. So a test follows when the number of steps has grown by
+        half, or, once the mini-batch accuracy exceeds 0.8, by a tenth.
 
         Args:
-            steps: Train to this many steps at most.
+            steps: The most steps of the run, with the steps before this turn.
             test: Whether to test at the end.
         """
         growth = 1.1 if self._recent > 0.8 else 1.5
@@ -217,11 +217,11 @@ class Run:
             self.tests.append(Measurement(len(self.losses), self.seconds, gradients, self.test()))
 
     def reached(self, goal: float) -> Measurement | None:
-        """The first test at or above the goal; `None` if there is none."""
+        """The first test with at least this accuracy; `None` if no test has reached the goal."""
         return next((test for test in self.tests if test.accuracy >= goal), None)
 
     def fell_back(self) -> bool:
-        """Whether it failed, or lost a fifth of its test accuracy on the way."""
+        """Whether the run failed, or a test accuracy lies more than 0.2 below an earlier one."""
         best = 0.0
         for test in self.tests:
             if test.accuracy < best - 0.2:
@@ -230,7 +230,7 @@ class Run:
         return self.failed
 
     def step(self) -> None:
-        """Take a step on the next batch, and keep its loss and its time."""
+        """Take a step on the next batch, and record the loss and the time."""
         inputs, targets = next(self._batches)
         begin = clock()
         self.model.zero_grad()
@@ -238,7 +238,7 @@ class Run:
         loss = self._loss_function(outputs, targets)
         try:
             self._update(loss, outputs)
-        except RuntimeError:  # the optimizer's, about numbers that are not finite
+        except RuntimeError:  # the optimizer met numbers that are not finite
             self.failed = True
             return
         if self.setting.average:
@@ -247,7 +247,7 @@ class Run:
         self.losses.append(loss.item())
         self.failed = not math.isfinite(self.losses[-1])
         self._recent += (accuracy(outputs, targets) - self._recent) / 2
-        if len(self.losses) % 8 == 1:  # what one gradient costs
+        if len(self.losses) % 8 == 1:  # measure what a gradient costs
             with quiet():
                 begin = clock()
                 torch.autograd.grad(
@@ -257,8 +257,8 @@ class Run:
 
     @torch.no_grad()
     def test(self) -> float:
-        """The accuracy on the test images of the model, or of the average of its weights."""
-        # Pooling is twice as fast in this order of memory.
+        """The test accuracy of the model, or of the model with averaged weights."""
+        # Pooling is twice as fast with channels last in memory.
         model = copy.deepcopy(self._average.module if self.setting.average else self.model)
         model = model.to(memory_format=torch.channels_last)
         inputs, targets = load_images(train=False)
@@ -275,16 +275,16 @@ def race(
 ) -> list[Run]:
     """Let settings take turns, from the same weights on the same batches.
 
-    In a race to a goal, a turn ends with a test, on all test images. Where torch uses one thread,
-    the clock counts the processor's time, so that what else the machine does matters little; else
-    that on the wall.
+    In a race to a goal, a turn ends with a test on all test images. If torch uses one thread, the
+    clock counts processor time, since other work of the machine changes that time little. Otherwise
+    the clock counts wall-clock time.
 
     Args:
-        settings: What races.
-        seed: Of the weights and the batches.
+        settings: The settings that race.
+        seed: The seed of the weights and the batches.
         goal: The test accuracy at which a run ends; `None` tests nothing.
-        seconds: The seconds of training after which it ends in any case.
-        steps: The steps after which it ends in any case.
+        seconds: A run ends after this many seconds of training, if not before.
+        steps: A run ends after this many steps, if not before.
 
     Returns:
         The runs, in order.
@@ -310,15 +310,15 @@ def race(
 
 
 def step_rates(setting: Setting, seed: int, steps: int = 15) -> list[float]:
-    """The rates at which SGD would take steps as long as another method's, one per parameter.
+    """The learning rates, one per parameter, with which SGD's steps are as long as a method's.
 
     Args:
-        setting: The other method.
-        seed: Of the weights and the batches.
-        steps: How many of its steps to look at.
+        setting: The setting of the method.
+        seed: The seed of the weights and the batches.
+        steps: The number of steps to measure.
 
     Returns:
-        Per parameter, the median over the steps of the step's length over the gradient's.
+        For each parameter, the median over the steps of ‖step‖ / ‖gradient‖.
     """
     run = Run(setting, seed)
     ratios: list[list[float]] = []
@@ -336,7 +336,7 @@ def step_rates(setting: Setting, seed: int, steps: int = 15) -> list[float]:
 
 
 def clock() -> float:
-    """Seconds: of this process, where it has one thread, else on the wall."""
+    """Seconds of processor time if torch uses one thread on a CPU, else of wall-clock time."""
     if default_device().type != "cpu":
         torch.accelerator.synchronize()
         return time.perf_counter()
@@ -344,7 +344,7 @@ def clock() -> float:
 
 
 def draw_batches(batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of one size without end, reshuffled for each pass over the training images."""
+    """Endless batches of one size, in a new order for each pass over the training images."""
     inputs, labels = load_images(train=True)
     random = torch.Generator().manual_seed(seed)
     while True:
@@ -355,6 +355,6 @@ def draw_batches(batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @cache
 def load_images(*, train: bool) -> tuple[Tensor, Tensor]:
-    """Images and labels, on the device."""
+    """The images and labels of MNIST, on the default device."""
     inputs, labels = load_mnist(train=train).tensors
     return inputs.to(default_device()), labels.to(default_device())

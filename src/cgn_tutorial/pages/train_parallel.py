@@ -1,19 +1,19 @@
 r"""Train the tutorial's network in several processes, on one machine or on many.
 
-On one machine, with as many processes as it has GPUs, or parts of its cores:
+On one machine, with a process per GPU, or several processes that share the cores:
 
     torchrun --standalone --nproc-per-node 2 train_parallel.py
 
-On several, the same command on each, where `node0` is the name of one of them, and `/shared` a
-folder that all of them see:
+On several machines, run the same command on each machine. `node0` is the name of one machine, and
+`/shared` is a folder that all machines see:
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:29500 \
         --max-restarts 3 train_parallel.py --checkpoint /shared/checkpoint.pt
 
-Where a process dies, the others raise an error, torchrun starts all of them again, and they go on
-from the checkpoint. (The variable keeps them from looking for each other at the addresses of
-before, which torchrun would otherwise pass on.) A machine that cannot resolve its own name needs
+If a process dies, the other processes raise an error. Then torchrun starts all processes again, and
+the training goes on from the checkpoint. (Without the variable, torchrun passes on the addresses of
+the processes that ended.) A machine that cannot resolve its own name needs
 `--local-addr 127.0.0.1` in the first command.
 """
 
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.15, "damping": 2e-3, "maxiter": 10, "tol": 0.
 
 
 def batch_of(step: int, batch_size: int, seed: int = 0) -> Tensor:
-    """Which images the whole batch of a step has: the same in any number of processes."""
+    """The numbers of the images in the whole batch of a step, for any number of processes."""
     return torch.randint(
         60_000, (batch_size,), generator=torch.Generator().manual_seed(seed + step)
     )
@@ -47,7 +47,7 @@ def batch_of(step: int, batch_size: int, seed: int = 0) -> Tensor:
 def train(
     steps: int, batch_size: int, checkpoint: Path | None, device: torch.device
 ) -> tuple[nn.Module, list[float]]:
-    """Train from the checkpoint on, if there is one; the model, and the loss of the whole batch."""
+    """Train, from the checkpoint if it exists. Return the model, and the losses of whole batches."""
     i, processes = distributed.get_rank(), distributed.get_world_size()
     images, labels = load_mnist().tensors
 
@@ -75,7 +75,7 @@ def train(
         share = whole_batch(optimizer, len(inputs))
         optimizer.step()
 
-        losses.append(share.loss(loss.item))  # only to be looked at
+        losses.append(share.loss(loss.item))  # to print only
         if i == 0:
             print(f"step {step:3}: loss {losses[-1]:.5f}", flush=True)
             if checkpoint:
@@ -84,7 +84,7 @@ def train(
 
 
 def save(checkpoint: Path, model: nn.Module, optimizer: CGNOptimizer, losses: list[float]) -> None:
-    """Write a checkpoint, so that at any time a whole one is there."""
+    """Write a checkpoint, and replace the old checkpoint only when the new one is complete."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
     torch.save(state, checkpoint.with_suffix(".new"))
     checkpoint.with_suffix(".new").replace(checkpoint)

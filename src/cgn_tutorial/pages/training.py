@@ -20,13 +20,13 @@ from cgn_tutorial import Solve
 
 __all__ = ["History", "accuracy", "default_device", "train"]
 
-# BackPACK hooks the first layer, whose inputs need no gradient. Torch warns of that, harmlessly.
+# Torch warns about BackPACK's hook on the first layer, whose inputs need no gradient: harmless.
 HARMLESS = "Full backward hook is firing"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back the harmless warning of a backward pass within BackPACK, and no other."""
+    """Suppress the harmless warning of BackPACK's backward pass, and no other warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", HARMLESS)
         yield
@@ -38,15 +38,15 @@ def default_device() -> torch.device:
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """The share of samples whose largest output is that of their class.
+    """The share of samples whose largest output belongs to their class.
 
     Args:
         outputs: Scores of at least two classes, `[N, classes, ...]`.
-        targets: Class indices, `[N, ...]`, where negative ones, such as `ignore_index`, do not
-            count; or class probabilities, `[N, classes, ...]`, of which the largest counts.
+        targets: Class indices `[N, ...]`; negative indices, such as `ignore_index`, do not count.
+            Or class probabilities `[N, classes, ...]`; the class of the largest probability counts.
 
     Returns:
-        A number between 0 and 1; NaN if these are no scores and classes, as in a regression.
+        A number between 0 and 1; NaN if the tensors are not scores and classes, as in a regression.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
         return math.nan
@@ -70,10 +70,10 @@ class History:
     Attributes:
         loss: The mini-batch loss, before the step.
         accuracy: The mini-batch accuracy, before the step, between 0 and 1; NaN if the targets are
-            no classes.
+            not classes.
         seconds: Wall-clock seconds of the step, without loading the data.
-        solves: What the optimizer's linear solves did, by the names of their parameters; empty for
-            optimizers that have none.
+        solves: How the optimizer's linear solves went, by the names of their parameters; empty for
+            optimizers without linear solves.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -102,13 +102,13 @@ def train(
     Args:
         model: The model, on the device to train on.
         loss_function: Maps the model's outputs and the targets to the mean loss.
-        optimizer: A `CGNOptimizer` or any of torch's own.
-        batches: Pairs of inputs and targets; each step takes the next.
-        steps: How many steps to take, fewer if the batches run out.
-        backward: Called with the loss and the outputs; leaves gradients, and the curvature products
-            where the optimizer needs them. `None` calls `loss.backward()`, within BackPACK if the
-            optimizer has a `bp_extension`; model and loss function must be extended for that.
-        log_every: Print loss and accuracy every so many steps; `None` prints nothing.
+        optimizer: A `CGNOptimizer` or an optimizer of torch.
+        batches: Pairs of inputs and targets; each step takes the next pair.
+        steps: The number of steps; the training ends earlier if the batches run out.
+        backward: A function of the loss and the outputs that leaves gradients, and curvature
+            products if the optimizer needs them. `None` calls `loss.backward()`; if the optimizer
+            has a `bp_extension`, BackPACK must have extended the model and the loss function.
+        log_every: Print loss and accuracy every `log_every` steps; `None` prints nothing.
 
     Returns:
         Loss, accuracy, seconds and curvature products of each step.
@@ -133,7 +133,7 @@ def train(
         history.seconds.append(time.perf_counter() - start)
         history.accuracy.append(accuracy(outputs, targets))
         history.solves.append(dict(getattr(optimizer, "solves", {})))
-        del loss, outputs  # else their graph lives on while the next one is built
+        del loss, outputs  # else two graphs are alive during the next forward pass
         if log_every and i % log_every == 0:
             bar.write(
                 f"Iteration {i:3d}/{steps - 1:3d}  Minibatch Loss {history.loss[-1]:.5f}  "
@@ -143,7 +143,7 @@ def train(
 
 
 def _backpack_backward(optimizer: Optimizer) -> Callable[[Tensor, Tensor], None]:
-    """The backward pass of the optimizer's BackPACK extension, a plain one if it has none."""
+    """A backward pass, with BackPACK if the optimizer has a `bp_extension`."""
     extensions = [optimizer.bp_extension] if hasattr(optimizer, "bp_extension") else []
 
     def backward(loss: Tensor, outputs: Tensor) -> None:
