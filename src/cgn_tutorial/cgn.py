@@ -393,10 +393,10 @@ class CGNOptimizer(Optimizer):
         warm_start: Each solve starts from this factor, 0 to 1, times the last step's v. A factor
             above 0 costs one more product per step. In return, a solve of few iterations continues
             the solve of the last step.
-        max_length: Bound on the length of the whole step, `γ √(Σ max(|vᵀ(C + λI)v|, |gᵀv|))`, summed
-            over the blocks; a longer step is scaled down to the bound. The first number measures v
-            in the metric of the curvature; after a solve from zero, both numbers are equal. The
-            second number also bounds steps of zero or negative curvature. No product is needed.
+        max_length: Bound on the length of the step, `γ √(Σ max(|vᵀ(C + λI)v|, |gᵀv|))`, summed over
+            the blocks; a longer step is scaled down to the bound. The first number measures v in
+            the metric of the curvature; after a solve from zero, both numbers are equal. The second
+            number also bounds steps of zero or negative curvature. No product is needed.
 
     Attributes:
         bp_extension: As given.
