@@ -1623,3 +1623,36 @@ def test_the_check_names_what_is_not_symmetric_or_not_positive() -> None:
     lopsided = BlockProduct((model.bias,), lambda block, v: [v[0].cumsum(0)])
     with pytest.raises(RuntimeError, match=r"shape \[3\] is not symmetric"):
         check_products([lopsided])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_differences_at_a_kink_pass_what_is_right_and_find_what_is_not(
+    dtype: torch.dtype, wrong: bool
+) -> None:
+    """As of residual networks whose last normalisation begins at zero: ReLU stands at its kink."""
+    torch.manual_seed(0)
+    first, branch = nn.Linear(6, 8).to(dtype), nn.Linear(8, 8).to(dtype)
+    with torch.no_grad():
+        for p in branch.parameters():
+            p.zero_()
+    x, y = torch.randn(40, 6, dtype=dtype), torch.randint(8, (40,))
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        h = first(x)
+        z = h + branch(h).relu()
+        return nn.functional.cross_entropy(z, y), z
+
+    loss, z = evaluate()
+    products: Any = GGN([branch.parameters(), first.parameters()]).backward(loss, z)
+    if not wrong:
+        check_products(products, positive=True, evaluate=evaluate)
+        return
+    right = products[1]
+
+    def doubled(v: Tensor) -> Tensor:
+        return 2 * right(v)
+
+    doubled.parameters = right.parameters  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="is wrong: C v is"):
+        check_products([doubled], evaluate=evaluate)

@@ -342,17 +342,15 @@ class GGN(Curvature):
                     f"Output {i}, of shape {list(z_i.shape)}, has a hook, which would act on "
                     "products as well: register it on the parameters."
                 )
-        points = [_points(p, users) for p, users in leaves.items()]
+        points = {p: _points(p, users) for p, users in leaves.items()}
 
         s = _pullback([loss], z, [torch.ones_like(loss)], create_graph=True)
         u = [s_i.detach().requires_grad_() for s_i in s]
-        x = [*leaves, *(point for way in points for point, _ in way)]
+        x = [*leaves, *(point for way in points.values() for point, _ in way)]
         with _without_hooks(leaves):
             Jtu = iter(_pullback(z, x, u, create_graph=True))
         gradients = {p: next(Jtu) for p in leaves}
-        ways = {
-            p: [(next(Jtu), carry) for _, carry in way] for p, way in zip(leaves, points, strict=True)
-        }
+        ways = {p: [(next(Jtu), carry) for _, carry in way] for p, way in points.items()}
 
         def jvp(block: Tensors, v: Tensors) -> Tensors:
             pairs = [(g, carry(x)) for p, x in zip(block, v, strict=True) for g, carry in ways[p]]
@@ -552,15 +550,18 @@ def _check_differences(
     x = torch.cat([p.detach().reshape(-1) for p in block])
     size = max(float(x.double().square().mean()) ** 0.5, 0.01)  # a typical number in x
     found: list[Tensor] = []
+    kink = math.inf  # how far one-sided differences differ: at a kink, for any h
     for smaller in (1, 8, 64):
-        found.append(_differences(block, v, h * size / smaller, evaluate))
+        difference, bend = _differences(block, v, h * size / smaller, evaluate)
+        found.append(difference)
+        kink = min(kink, _norm(bend))
         error, length = _norm(Cv - found[-1]), _norm(found[-1])
         if error <= 2 * h * length:
             return
     doubts = [_norm(a - b) for a, b in pairwise(found)]
     doubt, C = min(zip(doubts, found[1:], strict=True), key=lambda pair: pair[0])
     error, length = _norm(Cv - C), _norm(C)
-    if not error <= 2 * h * length + 3 * doubt:
+    if not error <= 2 * h * length + 3 * doubt + kink:
         raise RuntimeError(
             f"{name} is wrong: C v is {_norm(Cv):.4g} long, the central differences of "
             f"evaluate() {length:.4g}, and they are {error:.4g} apart. Does evaluate() repeat the "
@@ -570,8 +571,10 @@ def _check_differences(
         )
 
 
-def _differences(block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any]) -> Tensor:
-    """The product C v by central differences of first derivatives."""
+def _differences(
+    block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any]
+) -> tuple[Tensor, Tensor]:
+    """C v by central differences of first derivatives, and one-sided ones from each other."""
     start = [p.detach().clone() for p in block]
     slopes: list[list[Tensor]] = []
     try:
@@ -587,11 +590,13 @@ def _differences(block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any
     finally:
         for p, x in zip(block, start, strict=True):
             p.data.copy_(x)
-    Cv = [(above - below) / (2 * h) for above, below, _ in zip(*slopes, strict=True)]
+    central = [(above - below) / (2 * h) for above, below, _ in zip(*slopes, strict=True)]
+    bend = [(above - 2 * at + below) / h for above, below, at in zip(*slopes, strict=True)]
     if z is not None:
         with _without_hooks(block):
-            Cv = _pullback(y, block, Cv)
-    return torch.cat([Cv_p.reshape(-1).to(v.dtype) for Cv_p in Cv])
+            central, bend = (_pullback(y, block, w) for w in (central, bend))
+    flat = [torch.cat([w_p.reshape(-1).to(v.dtype) for w_p in w]) for w in (central, bend)]
+    return flat[0], flat[1]
 
 
 @contextmanager
