@@ -1644,7 +1644,7 @@ def test_differences_at_a_kink_pass_what_is_right_and_find_what_is_not(
         return nn.functional.cross_entropy(z, y), z
 
     loss, z = evaluate()
-    products: Any = GGN([branch.parameters(), first.parameters()]).backward(loss, z)
+    products = GGN([branch.parameters(), first.parameters()]).backward(loss, z)
     if not wrong:
         check_products(products, positive=True, evaluate=evaluate)
         return
@@ -1653,6 +1653,6 @@ def test_differences_at_a_kink_pass_what_is_right_and_find_what_is_not(
     def doubled(v: Tensor) -> Tensor:
         return 2 * right(v)
 
-    doubled.parameters = right.parameters  # type: ignore[attr-defined]
+    doubled.parameters = right.parameters
     with pytest.raises(RuntimeError, match="is wrong: C v is"):
         check_products([doubled], evaluate=evaluate)

@@ -47,7 +47,7 @@ def batch_of(step: int, batch_size: int, seed: int = 0) -> Tensor:
 def train(
     steps: int, batch_size: int, checkpoint: Path | None, device: torch.device
 ) -> tuple[nn.Module, list[float]]:
-    """Train, from the checkpoint if it exists. Return the model, and the losses of whole batches."""
+    """Train, from the checkpoint if it exists; return the model and the loss of each batch."""
     i, processes = distributed.get_rank(), distributed.get_world_size()
     images, labels = load_mnist().tensors
 
