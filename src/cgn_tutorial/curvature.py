@@ -525,9 +525,9 @@ def check_products(
             gap = abs(uCv - vCu) / size if size else 0.0
             if not gap <= tolerance:
                 raise RuntimeError(
-                    f"{name} is not symmetric: uᵀCv = {uCv:.6g}, but vᵀCu = {vCu:.6g}. It is no "
-                    "curvature; for Hessians, write the operation whose second derivative is at "
-                    "fault in elementary ones."
+                    f"{name} is not symmetric: uᵀCv = {uCv:.6g}, but vᵀCu = {vCu:.6g}. Every "
+                    "curvature is symmetric. For the Hessian, find the operation whose second "
+                    "derivative is wrong, and write it out in elementary operations."
                 )
             if positive and uCu < -tolerance * size:
                 raise RuntimeError(
@@ -550,7 +550,7 @@ def _check_differences(
     x = torch.cat([p.detach().reshape(-1) for p in block])
     size = max(float(x.double().square().mean()) ** 0.5, 0.01)  # a typical number in x
     found: list[Tensor] = []
-    kink = math.inf  # how far one-sided differences differ: at a kink, for any h
+    kink = math.inf  # the gap between one-sided differences, which at a kink no h closes
     for smaller in (1, 8, 64):
         difference, bend = _differences(block, v, h * size / smaller, evaluate)
         found.append(difference)
@@ -566,15 +566,15 @@ def _check_differences(
             f"{name} is wrong: C v is {_norm(Cv):.4g} long, the central differences of "
             f"evaluate() {length:.4g}, and they are {error:.4g} apart. Does evaluate() repeat the "
             "loss of the products, with their batch, mode and dropout, and return the loss alone "
-            "for the Hessian, (loss, outputs) for the GGN? Then write the operation whose "
-            "derivative is at fault in elementary ones."
+            "for the Hessian, (loss, outputs) for the GGN? If so, find the operation whose "
+            "derivative is wrong, and write it out in elementary operations."
         )
 
 
 def _differences(
     block: Tensors, v: Tensor, h: float, evaluate: Callable[[], Any]
 ) -> tuple[Tensor, Tensor]:
-    """C v by central differences of first derivatives, and one-sided ones from each other."""
+    """C v by central differences, and the gap between the two one-sided differences."""
     start = [p.detach().clone() for p in block]
     slopes: list[list[Tensor]] = []
     try:
