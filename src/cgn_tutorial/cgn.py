@@ -534,7 +534,7 @@ class CGNOptimizer(Optimizer):
             if all(p in self.state for p in block.parameters):
                 x0 = block.gather(lambda p, o: o["warm_start"] * self.state[p]["v"])
             return cg(lambda v: block(v[None])[0] + lam * v, -g, x0, safe_start=True, **options)
-        except ConnectionError:  # another process does not answer: whole_batch says what to do
+        except ConnectionError:  # of several processes, which cannot go on
             raise
         except Exception as error:  # products may raise anything
             for p in block.parameters:
