@@ -120,9 +120,9 @@ class BlockProduct:
         Raises:
             TypeError: v does not have the dtype of the parameters, or the widest of their dtypes.
             ValueError: v does not have shape `[V, n]`.
-            RuntimeError: The graph has been changed or freed, or torch cannot differentiate one of
-                its operations twice; the message names the operation and the remedy. Or v is
-                finite, and the product is not.
+            RuntimeError: The graph has been changed or freed, or torch cannot differentiate an
+                operation of the graph twice; the message names the operation and the remedy. Or v
+                is finite, and the product is not.
         """
         sizes = [p.numel() for p in self.parameters]
         if v.ndim != 2 or v.shape[1] != sum(sizes):

@@ -108,7 +108,7 @@ class LevenbergMarquardt:
             self.optimizer.state.update(state)
             raise
 
-        # Accelerate's wrapper has no `predicted`, but the optimizer that it wraps has.
+        # Accelerate's wrapper has no `predicted`, but the wrapped optimizer has.
         predicted = getattr(self.optimizer, "optimizer", self.optimizer).predicted
         rho = change / predicted if predicted < 0 and math.isfinite(change) else -math.inf
         eps = max((torch.finfo(p.dtype).eps for p in parameters), default=0.0)

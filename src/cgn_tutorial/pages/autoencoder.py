@@ -59,8 +59,8 @@ def train_autoencoder(
         **options: Further options of `CGNOptimizer`.
 
     Returns:
-        Measurements, each after a fifth more steps than the last one, up to the end, or up to a
-        number that is not finite.
+        Measurements. The number of steps grows by a fifth between measurements. The list ends when
+        the training ends or meets numbers that are not finite.
 
     Raises:
         ValueError: `adapt_to` is not one of these values.

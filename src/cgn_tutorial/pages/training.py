@@ -1,4 +1,4 @@
-"""The training loop of every page, and the history it returns."""
+"""The training loop of every page, and the history that the loop returns."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def train(
         batches: Pairs of inputs and targets; each step takes the next pair.
         steps: The number of steps; the training ends earlier if the batches run out.
         backward: A function of the loss and the outputs that leaves gradients, and curvature
-            products if the optimizer needs them. `None` calls `loss.backward()`; if the optimizer
-            has a `bp_extension`, BackPACK must have extended the model and the loss function.
+            products if the optimizer needs them. `None` calls `loss.backward()`, within BackPACK if
+            the optimizer has a `bp_extension`: then extend the model and the loss function.
         log_every: Print loss and accuracy every `log_every` steps; `None` prints nothing.
 
     Returns:
