@@ -483,7 +483,7 @@ class CGNOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Solve for every block's Newton step, then move every parameter by it.
+        """Solve for the Newton steps of all blocks, then move all parameters.
 
         Args:
             closure: Evaluates the model, runs the backward pass, which leaves gradients and
