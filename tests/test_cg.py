@@ -479,18 +479,6 @@ def test_a_matrix_in_place_of_a_function_is_refused(wrong):
         cg(**options)
 
 
-def test_a_safe_start_begins_at_zero_where_the_model_is_lower():
-    A, b = definite(5), vector(5)
-    bad, good = -b, torch.linalg.solve(A, b) * 0.9
-    unsafe = cg(lambda v: A @ v, b, bad, maxiter=0)
-    safe = cg(lambda v: A @ v, b, bad, maxiter=0, safe_start=True)
-    assert unsafe.solve.decrease < 0
-    assert torch.equal(unsafe.x, bad)
-    assert torch.equal(safe.x, 0 * b)
-    assert safe.solve.decrease == 0
-    assert torch.equal(cg(lambda v: A @ v, b, good, maxiter=0, safe_start=True).x, good)
-
-
 # Curvature that is not positive.
 
 

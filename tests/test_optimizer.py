@@ -919,6 +919,7 @@ def test_a_warm_start_that_leads_uphill_is_dropped():
     before = quadratic.values()
     optimizer.step()
     assert optimizer.predicted == 0
+    assert only(optimizer.solves).products == 4  # one for the start, and three from there
     assert_equal(quadratic.values(), before)
 
 

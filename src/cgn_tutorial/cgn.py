@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
@@ -85,7 +85,6 @@ def cg(
     tol: float = 1e-5,
     atol: float = 1e-8,
     negative_curvature: NegativeCurvature = "stop",
-    safe_start: bool = False,
     callback: Callable[[Tensor], object] | None = None,
 ) -> CGResult:
     """Solve A x = b by conjugate gradients, for a symmetric A given as a function.
@@ -115,7 +114,6 @@ def cg(
             beyond rounding. `"stop"` returns the last iterate, or x0 + M r0 if p is the first
             direction: the quadratic model never ends above its start. `"ignore"` moves to the
             stationary point of the model along p, a maximum if pᵀAp < 0.
-        safe_start: Whether to start from zero if the quadratic model is higher at `x0` than at 0.
         callback: Called with each new iterate. If the callback returns True, the solve ends.
 
     Returns:
@@ -159,8 +157,6 @@ def cg(
     _check_finite("b", b, b_norm, ValueError)
     _check_finite("x0", x, x_norm, ValueError)
     _check_finite("A(x0)", r, r_norm, RuntimeError)
-    if safe_start and model > 0:
-        x, r, x_norm, r_norm, model = zero, b, 0.0, b_norm, 0.0
 
     limit = products + (10 * b.numel() if maxiter is None else int(maxiter))
     bound = max(tol * b_norm, atol)
@@ -392,7 +388,7 @@ class CGNOptimizer(Optimizer):
             `"ignore"`, see `cg`.
         warm_start: Each solve starts from this factor, 0 to 1, times the last step's v. A factor
             above 0 costs one more product per step. In return, a solve of few iterations continues
-            the solve of the last step.
+            the solve of the last step. If that ends uphill, the block is solved from zero instead.
         max_length: Bound on the length of the step, `γ √(Σ max(|vᵀ(C + λI)v|, |gᵀv|))`, summed over
             the blocks; a longer step is scaled down to the bound. The first number measures v in
             the metric of the curvature; after a solve from zero, both numbers are equal. The second
@@ -533,7 +529,7 @@ class CGNOptimizer(Optimizer):
             x0 = None
             if all(p in self.state for p in block.parameters):
                 x0 = block.gather(lambda p, o: o["warm_start"] * self.state[p]["v"])
-            return cg(lambda v: block(v[None])[0] + lam * v, -g, x0, safe_start=True, **options)
+            return _descent(lambda v: block(v[None])[0] + lam * v, -g, x0, **options)
         except ConnectionError:  # of several processes, which cannot go on
             raise
         except Exception as error:  # products may raise anything
@@ -643,6 +639,15 @@ class CGNOptimizer(Optimizer):
                     f"Parameters must be real, but parameter {i} of the group, of shape "
                     f"{tuple(p.shape)}, is {p.dtype}: train torch.view_as_real of it."
                 )
+
+
+def _descent(A: Matvec, b: Tensor, x0: Tensor | None, **options: Any) -> CGResult:
+    """Solve from x0. If the model ends above its value at zero, solve from zero instead."""
+    first = cg(A, b, x0, **options)
+    if x0 is None or first.solve.decrease >= 0:
+        return first
+    x, solve = cg(A, b, **options)
+    return CGResult(x, replace(solve, products=first.solve.products + solve.products))
 
 
 def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
