@@ -116,7 +116,6 @@ class LevenbergMarquardt:
             rho = math.nan
         if not change < 0:
             _copy(before, parameters)
-            self.optimizer.state.clear()  # the next solve must not start from a step that failed
         for group in groups:
             if rho > 3 / 4:
                 group["damping"] = max(group["damping"] * 2 / 3, self.minimum)
