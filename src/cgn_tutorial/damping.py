@@ -86,7 +86,7 @@ class LevenbergMarquardt:
                 if autograd is on for the caller, so that `evaluate` may differentiate.
 
         Returns:
-            The ratio ρ: −∞ if the loss after the step was not finite, and NaN if both changes are
+            The ratio ρ. It is −∞ if the loss after the step was not finite, and NaN if both changes are
             smaller than the rounding of the loss. NaN leaves λ as it is.
 
         Raises:

@@ -45,7 +45,7 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
         group: The processes that share the batch; `None` means all.
 
     Returns:
-        The share of this process in the batch: `share.loss` averages a loss over all processes.
+        The share of this process in the batch; `share.loss` averages a loss over all processes.
 
     Raises:
         TypeError: `group` is not a group that this process belongs to.
