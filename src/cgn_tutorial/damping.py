@@ -86,8 +86,8 @@ class LevenbergMarquardt:
                 if autograd is on for the caller, so that `evaluate` may differentiate.
 
         Returns:
-            The ratio ρ. It is −∞ if the loss after the step was not finite, and NaN if both changes are
-            smaller than the rounding of the loss. NaN leaves λ as it is.
+            The ratio ρ. It is −∞ if the loss after the step was not finite, and NaN if both changes
+            are smaller than the rounding of the loss. NaN leaves λ as it is.
 
         Raises:
             RuntimeError: As the optimizer's `step()`.
