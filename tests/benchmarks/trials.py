@@ -438,7 +438,7 @@ def trial_tables(quick: bool = False) -> Iterator[tuple[str, list[Row]]]:
         if pattern in examples:
             said = " ".join(examples[pattern].splitlines()[0].replace("`", "'").split())
             said = shorten(said, 110, placeholder=" …")
-            table.append({"": str(number), "The error": f"`{said}`", "What to do": remedy})
+            table.append({"No.": str(number), "The error": f"`{said}`", "What to do": remedy})
     yield "backpack_errors", table
     tried = {"BackPACK": version("backpack-for-pytorch"), "PyTorch": torch.__version__}
     yield (

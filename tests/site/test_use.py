@@ -60,7 +60,7 @@ def test_copy_buttons_copy_code_alone(page_path, source, address, visit, tally):
     if any(line.startswith(">>> ") for line in lines):
         code = {line[4:].strip() for line in lines if line.startswith((">>> ", "... "))}
     else:  # a page may print what the package runs
-        package = "".join(path.read_text() for path in ROOT.glob("src/*/*.py"))
+        package = "".join(path.read_text() for path in ROOT.glob("src/**/*.py"))
         code = {line.strip() for line in [*lines, *package.splitlines()]}
         code |= {line.removeprefix("#").strip() for line in lines}  # commands in a page's text
     if page_path == "index.html":
