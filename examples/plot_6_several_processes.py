@@ -184,8 +184,8 @@ print(dedent(inspect.getsource(Share.mean)))
 
 # %%
 # For a product, ``compute`` is the product of this process, and ``like`` the
-# vector. A process that fails has to go on answering, or the others would wait
-# for it. So it sends numbers that are not numbers, which make all of them raise.
+# vector. If a process fails, the other processes still wait for its answer. So a
+# process that fails sends NaN, and NaN makes every process raise.
 #
 # ``whole_batch`` takes the optimizer, and the number of samples that this
 # process has. The network is wrapped as always. This is the script's training
