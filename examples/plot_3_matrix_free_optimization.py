@@ -753,7 +753,8 @@ _ = describe(
 # Plain CG and the first run with the rule start alike and multiply with the same
 # kind of matrix; they differ only in whether CG goes on. With the rule, the loss
 # leaves the plateau, but each seed takes its own way. How far do they get in
-# these 51 steps?
+# these 51 steps? A run may also blow up. Its curve then leaves the figure, and the
+# last line tells the highest loss.
 
 
 def late(history):
@@ -765,6 +766,8 @@ for seed, pair in enumerate(zip(with_ggn, stopping, strict=True)):
     ggn, hessian = map(late, pair)
     print(f"seed {seed}: GGN {ggn:.2f}, Hessian that stops {hessian:.2f}")
     assert ggn < hessian
+highest = max(max(history.loss) for history in stopping)
+print(f"highest loss of the Hessian that stops: {highest:.1f}")
 assert min(stops) >= 1
 assert min(stopping[0].loss) < 2 < 2.2 < min(histories["Hessian"].loss)
 
