@@ -80,8 +80,9 @@ for step in range(301):
 # :math:`10^{-14}`.
 
 # Check the last loss.
+in_double = evaluate().item()
+assert in_double < 1e-8
 torch.set_default_dtype(torch.float32)
-assert evaluate() < 1e-8
 
 # %%
 # The problem
@@ -116,7 +117,7 @@ SETTINGS = {
     "CGN, Nyström": {"damping": 1e-2, "tol": 1e-2, "rank": 100, "every": 1},
     "CGN, exact": {"damping": 1e-2, "tol": 1e-2},
 }
-SECONDS = 2.0
+SECONDS = 1.6
 
 
 def train(method, seed, problem="Poisson, 257", seconds=SECONDS):
@@ -351,7 +352,7 @@ def products_of(preconditioner):
         model.parameters(),
         curvature,
         damping=1e-6,
-        tol=1e-3,
+        tol=1e-6,
         atol=0.0,
         maxiter=5000,
         preconditioner=preconditioner,
@@ -428,10 +429,10 @@ rivals = {m: e for m, e in finals.items() if not m.startswith("CGN")}
 print(f"the best rival: {min(rivals, key=rivals.get)}, ", end="")
 print(f"{min(rivals.values()) / ours:.0f} times the error")
 assert ours < min(rivals.values()) / 5
-assert ours < min(rivals["Adam"], rivals["Momentum"]) / 100
+assert ours < min(rivals["Adam"], rivals["Momentum"]) / 20
 
 # %%
-# Two seconds are short. The `full tables <../experiments.html#where-it-wins>`__ have
+# This race is short. The `full tables <../experiments.html#where-it-wins>`__ have
 # 10 to 60 seconds, five seeds, and six problems: TABLE
 #
 # A published comparison
@@ -448,7 +449,7 @@ from cgn_tutorial.pages.pinn import load_published
 published = load_published()["poisson_2d"]["at_60_s"]
 for method in ("Adam", "L-BFGS", "Hessian-free", "KFAC"):
     print(f"published, {method:13} {2 * published[method]:.1e}")
-print(f"here, CGN, after {SECONDS:.0f} s     {ours:.1e}")
+print(f"here, CGN, after {SECONDS:.1f} s   {ours:.1e}")
 hessian_free = 2 * published["Hessian-free"]
 
 # %%
@@ -469,7 +470,7 @@ from cgn_tutorial.pages import pinn
 pinn.PROBLEMS["noisy fit"] = (lambda: pinn.fit(noise=0.1), (1, 100, 1))
 noisy = {}
 for method in ("Adam", "L-BFGS, scaled loss", "CGN, exact"):
-    runs = [train(method, s, "noisy fit", 1.0).measurements for s in range(3)]
+    runs = [train(method, s, "noisy fit", 0.6).measurements for s in range(3)]
     noisy[method] = median(min(m.l2 for m in run) for run in runs)
     print(f"{method:20} {noisy[method]:.2f} at best")
 assert max(noisy.values()) < 3 * min(noisy.values())
@@ -495,5 +496,25 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 #
 # .. fold:: Change the code: let the fit at the top of the page run in ``float32``,
 #     without the first ``set_default_dtype``. How small does the loss get?
+#
+#    The loss stays at least five times as large as in ``float64``.
 
 # Run the fit in single precision.
+model = nn.Sequential(nn.Linear(1, 100), nn.Tanh(), nn.Linear(100, 1))
+x, y = x.float(), y.float()
+curvature = JacobianGGN(model, [model.parameters()])
+optimizer = CGNOptimizer(
+    model.parameters(),
+    curvature,
+    lr=1.0,
+    damping=1e-2,
+    tol=1e-2,
+    atol=0.0,
+    preconditioner=cholesky,
+)
+adaptive = LevenbergMarquardt(optimizer, minimum=1e-14, rule="nielsen")
+for _ in range(301):
+    optimizer.zero_grad()
+    adaptive.step(curvature.backward((residual, x, y)), evaluate)
+print(f"loss {evaluate():.1e} in single precision")
+assert evaluate() > 5 * in_double
