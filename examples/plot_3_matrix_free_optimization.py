@@ -5,25 +5,20 @@ r"""
 *About 15 minutes to read, and one to run.*
 
 Can an optimizer train a network in 50 steps, if gradient descent stands still
-for all of them? This page writes such an optimizer. Each step asks for the
-curvature of the loss, and solves a linear system for the Newton step by
-conjugate gradients (CG). No matrix is ever stored: CG only multiplies vectors
-with the matrix. The network is a convolutional one for MNIST, full of sigmoids.
-Each sigmoid multiplies the gradient that flows back by at most one quarter, so
-that the first layers receive little: gradients vanish.
+for all of them? This page writes such an optimizer, for a convolutional network
+full of sigmoids. Each sigmoid multiplies the gradient that flows back by at most
+one quarter: in the first layers, gradients vanish.
 
-A step goes from the parameters :math:`x` to :math:`x + \gamma v`, with the
-Newton step :math:`v` from
+A step moves the parameters :math:`x` to :math:`x + \gamma v`. The Newton step
+:math:`v` solves
 
 .. math::
 
-   (C + \lambda I)\, v = -g .
+   (C + \lambda I)\, v = -g ,
 
-`Page 1 <plot_1_newton_step.html#two-dimensions>`__ derives this system. The
-gradient of the loss is :math:`g`. The curvature matrix :math:`C` is the Hessian,
-or a relative of the Hessian without negative eigenvalues. The `damping
-<plot_1_newton_step.html#step-size-and-damping>`__ :math:`\lambda` shortens the
-step, and :math:`\gamma` is the step size.
+with the gradient :math:`g`, a curvature matrix :math:`C` and the damping
+:math:`\lambda` (`page 1 <plot_1_newton_step.html>`__ derives the system), by
+conjugate gradients (CG, `page 2 <plot_2_conjugate_gradients.html>`__).
 
 The optimizer, the experiment and the published figures are those of BackPACK's
 example `Matrix-free second-order optimization
@@ -39,7 +34,9 @@ our own.
 # One step
 # --------
 #
-# A step with curvature has one station more than a step of gradient descent:
+# A step with curvature has one station more than a step of gradient descent.
+# CG sends vectors :math:`p`, and the graph of the loss returns the products
+# :math:`C p`. No matrix is ever stored.
 
 # Draw one step as a cycle of four boxes.
 from matplotlib import pyplot as plt
@@ -83,15 +80,10 @@ _ = describe(
 )
 
 # %%
-# CG sends a vector :math:`p`, and the backward pass through the graph of the
-# loss returns the product :math:`C p`. A handful of such products gives a
-# step.
-#
 # Configuration
 # -------------
 #
-# The settings are those of the published run. A solve stops at a relative
-# residual of 0.1, or after 20 products. `Choosing
+# The settings are those of the published run. `Choosing
 # <../guides/choosing.html>`__ says which settings to begin with elsewhere.
 
 # What this page imports.
@@ -126,8 +118,7 @@ SEED = 0
 device = default_device()
 
 # %%
-# The seed fixes the weights and the order of the images: all runs with one
-# seed start from the same weights and see the same batches.
+# The seed fixes the weights and the order of the images.
 
 loader = mnist_loader(BATCH_SIZE)
 loss_function = extend(nn.CrossEntropyLoss())
@@ -156,17 +147,16 @@ assert first < last / 100
 
 # %%
 # The first convolution's gradient is less than a hundredth of the last layer's
-# gradient. With one step size for both layers, gradient descent moves the first
-# convolution less than a hundredth as far.
+# gradient: gradient descent moves the first convolution less than a hundredth
+# as far.
 #
 # A first optimizer
 # -----------------
 #
 # BackPACK computes the `block diagonal
-# <plot_1_newton_step.html#block-diagonal>`__ of the curvature, with one block
-# for each parameter tensor. So each parameter has a system of its own. BackPACK
-# leaves the product with a block on the parameter, as the function ``ggnmp``
-# of one or more vectors. Product, solve, move:
+# <plot_1_newton_step.html#block-diagonal>`__ of the curvature: each parameter
+# tensor has a block and a system of its own. BackPACK leaves the product with
+# the block on the parameter, as the function ``ggnmp``. Product, solve, move:
 
 
 class NewtonCG(torch.optim.Optimizer):
@@ -191,9 +181,7 @@ def newton_step(p):
 
 
 # %%
-# The package's ``cg`` is the `CG of page 2
-# <plot_2_conjugate_gradients.html#the-algorithm>`__. The matrix to begin with
-# is the `generalized Gauss-Newton matrix
+# The first matrix is the `generalized Gauss-Newton matrix
 # <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN). In the training
 # loop, one line is new: inside ``with backpack(GGNMP())``, ``backward()`` leaves
 # products as well as gradients.
@@ -220,9 +208,7 @@ for i in range(0, STEPS, 10):
     print(f"step {i:2d}: loss {losses[i]:.2f}, accuracy {accuracies[i]:.2f}")
 
 # %%
-# Within 50 steps the loss falls from 2.3, the cost of guessing (:math:`\ln
-# 10`), to below 0.5. The network recognises more than four of five images of
-# the last batch.
+# Within 50 steps the loss falls from 2.3, the cost of guessing, to below 0.5.
 
 # Check the loss and the accuracy.
 assert losses[0] > 2.3 > 0.5 > losses[-1]
@@ -233,7 +219,7 @@ assert accuracies[-1] > 0.8
 # ---------------------
 #
 # The package's ``CGNOptimizer``, for conjugate-gradient Newton, takes the same
-# steps. The package's ``train`` is the loop above, with a clock.
+# steps:
 
 SOLVER = {"lr": LR, "damping": DAMPING, **STOP}
 
@@ -255,18 +241,17 @@ gap = max(abs(a - b) for a, b in pairs)
 print(f"largest difference between the losses: {gap:g}")
 
 # %%
-# On a CPU, the losses are equal to the last bit. The package adds:
+# On a CPU, the losses agree to the last bit. The package adds:
 #
-# - blocks of several parameters: `a layer, or the whole network
-#   <plot_5_any_architecture.html#blocks-parameter-layer-network>`__;
+# - `larger blocks
+#   <plot_5_any_architecture.html#blocks-parameter-layer-network>`__: a layer, or
+#   the whole network;
 # - checks before anything moves: an error names the parameter and the remedy;
-# - weight decay, a `bound on the step <../guides/choosing.html>`__ and a warm
-#   start of the solves;
-# - a report on each solve, `optimizer.solves
-#   <../guides/diagnostics.html>`__;
-# - ``whole_batch``, for `several processes <plot_6_several_processes.html>`__;
-# - Newton steps for some layers, `beside Adam's for the others
-#   <../guides/own_code.html#newton-steps-beside-adam-s>`__.
+# - weight decay, a `bound on the step <../guides/choosing.html>`__, warm starts;
+# - a `report on each solve <../guides/diagnostics.html>`__;
+# - steps of `several processes <plot_6_several_processes.html>`__;
+# - Newton steps `beside Adam's
+#   <../guides/own_code.html#newton-steps-beside-adam-s>`__ in one network.
 #
 # Optimizer and ``cg`` are one file to copy, `cgn.py <../cgn.py>`__.
 
@@ -278,10 +263,9 @@ assert gap == 0 if device.type == "cpu" else gap < 2e-3
 # --------------------------------
 #
 # If a parameter's effect on the outputs shrinks by a factor :math:`s`, its
-# gradient shrinks by :math:`s`, and its curvature by :math:`s^2`. So the undamped
-# step :math:`g / C` grows by :math:`1 / s`. The damping limits this growth: once
-# the curvature is below :math:`\lambda`, the step is close to :math:`g /
-# \lambda`.
+# gradient shrinks by :math:`s` and its curvature by :math:`s^2`: the step
+# :math:`g / C` grows. Damping ends this growth: once the curvature is below
+# :math:`\lambda`, the step is close to :math:`g / \lambda`.
 
 # Check this for two parameters, the second of which is shrunk.
 s = torch.logspace(-3, 0, 100)
@@ -292,9 +276,9 @@ assert abs(s[step.argmax()] / DAMPING**0.5 - 1) < 0.05
 assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
-# For each layer's weight, before and after this training: how long is the
-# gradient, what is the largest eigenvalue of the GGN's block, how much longer
-# than the gradient is the step, and does the step point along :math:`-g`?
+# For each layer's weight, before and after this training: the gradient's length,
+# the largest eigenvalue of the GGN's block, the length of the step, and the
+# cosine between the step and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.
@@ -333,16 +317,15 @@ for when, rows in tables.items():
 
 # %%
 # Before training, the curvature of both convolutions is below the damping of
-# 0.01. Their steps are nearly :math:`-g / \lambda`: gradient steps at a rate of
-# nearly :math:`\gamma / \lambda = 10`. The steps of the linear layers are
-# shorter, the last layer's by more than a hundred. All four steps point roughly
-# along :math:`-g`. So the curvature acts at first much like a learning rate for
-# each layer. After training, the curvature of all layers is above the damping,
-# and the steps no longer point along the gradient.
+# 0.01: their steps are nearly :math:`-g / \lambda`. The last layer's step is
+# shorter by more than a hundred. All four steps point roughly along :math:`-g`:
+# at first, the curvature acts much like a learning rate for each layer. After
+# training, the curvature of all layers is above the damping, and the steps turn
+# away from the gradient.
 #
 # Does the network train for this reason? `Page 4
 # <plot_4_is_it_worth_it.html#what-does-the-work>`__ takes the curvature away,
-# layer by layer, to find out.
+# layer by layer.
 
 # Check what the table says.
 before, after = (torch.tensor(rows).T for rows in tables.values())
@@ -357,17 +340,15 @@ assert (after[3] < 0.95).all()
 # Four curvatures against gradient descent
 # ----------------------------------------
 #
-# Four curvature matrices now meet stochastic gradient descent (SGD) at five
-# learning rates. The matrices are
+# Four matrices meet stochastic gradient descent (SGD) at five learning rates:
 #
-# - the **GGN**, which drops the second derivatives of the network;
-# - the **Hessian**, which drops nothing and has negative eigenvalues;
-# - two **positive-curvature Hessians** (PCH), which make negative parts of the
-#   Hessian positive (abs) or zero (clip). (Sheng-Wei Chen, Chun-Nan Chou and
-#   Edward Y. Chang, `BDA-PCH <https://arxiv.org/abs/1802.06502>`__, 2018.)
+# - the **GGN** drops the second derivatives of the network;
+# - the **Hessian** drops nothing, and has negative eigenvalues;
+# - two **positive-curvature Hessians** (PCH) make negative parts of the Hessian
+#   positive (abs) or zero (clip). (Chen, Chou and Chang, `BDA-PCH
+#   <https://arxiv.org/abs/1802.06502>`__, 2018.)
 #
-# The published run lets CG go on at negative curvature. So does the first run of
-# the Hessian here.
+# As in the published run, CG goes on at negative curvature.
 
 
 def sgd(lr):
@@ -395,25 +376,20 @@ STYLES = {
 figure, (upper, lower) = plt.subplots(
     2, 1, figsize=(5, 5.6), sharex=True, layout="constrained"
 )
-for label, history in reversed(histories.items()):
+for label in sorted(histories, key=lambda label: label in STYLES):
     color, line, width = STYLES.get(label, ("gray", "-", 0.7))
     style = {"c": COLORS[color], "ls": line, "lw": width}
-    upper.plot(history.loss, **style)
-    lower.plot(history.accuracy, **style)
-for ax, names in (
-    (upper, ((30, 1.3), (50, 1.9), (50, 2.72))),
-    (lower, ((22, 0.72), (50, 0.32), (50, 0.02))),
+    upper.plot(histories[label].loss, **style)
+    lower.plot(histories[label].accuracy, **style)
+for ax, height, line, others in (
+    (upper, 1.5, 0.24, 2.0),
+    (lower, 0.55, 0.08, 0.27),
 ):
-    (x, y), hessian, rates = names
     for i, label in enumerate(("GGN", "PCH-abs", "PCH-clip")):
-        height = y - i * 0.09 * (3 if ax is upper else 1)
-        color, ha = (
-            COLORS[STYLES[label][0]],
-            "left" if ax is upper else "right",
-        )
-        ax.text(x, height, label, color=color, ha=ha)
-    ax.text(*hessian, "Hessian", color=COLORS["purple"], ha="right")
-    ax.text(*rates, "SGD, five rates", color=COLORS["gray"], ha="right")
+        ink = COLORS[STYLES[label][0]]
+        ax.text(30, height - i * line, label, color=ink)
+    ax.text(34, others, "Hessian", color=COLORS["purple"], ha="right")
+    ax.text(50, others, "SGD, five rates", color=COLORS["gray"], ha="right")
 upper.set(ylabel="mini-batch loss", ylim=(0, 3))
 lower.set(ylabel="mini-batch accuracy", ylim=(0, 1), xlabel="step")
 _ = describe(
@@ -425,9 +401,8 @@ _ = describe(
 )
 
 # %%
-# The GGN and BackPACK's two PCH leave the plateau together. `BackPACK's PCH is
-# nearly the GGN here <plot_1_newton_step.html#products-without-matrices>`__. The
-# six other runs stay on the plateau in these 50 steps.
+# The GGN and both PCH leave the plateau together. The six other runs stay on the
+# plateau in these 50 steps.
 
 # Check the nine runs.
 TRAINED = ("GGN", "PCH-abs", "PCH-clip")
@@ -442,11 +417,10 @@ assert max(histories["SGD, lr=10"].loss) > 3
 # How much damping?
 # -----------------
 #
-# All these runs have one damping. What does another damping change? Train with
-# the GGN at five dampings, and count the products. The products come from
-# automatic differentiation, `page 5's subject <plot_5_any_architecture.html>`__:
-# the matrix is the same, and the products are faster. On the site, move
-# :math:`\lambda` below the figure.
+# What does another damping change? Here are five, with the GGN's products by
+# automatic differentiation, which `page 5 <plot_5_any_architecture.html>`__
+# explains: the matrix is the same. On the site, move :math:`\lambda` below the
+# figure.
 
 dampings = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
@@ -542,9 +516,7 @@ _ = explorable(figure, "runs", data)
 # %%
 # With dampings of 0.1 and 1, the loss stays on the plateau. With 0.001 the loss
 # falls sooner than with 0.01, for about twice the products. With 0.0001 the loss
-# falls as soon, for still more products, but does not stay as low. As long as
-# the damping is above a layer's curvature, the first step is :math:`-g /
-# \lambda`, the dashed line.
+# falls as soon, for still more products, and ends higher.
 
 # Check what the last lines say.
 late_losses = [sum(history.loss[-10:]) / 10 for history in by_damping]
@@ -567,13 +539,12 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # Why does the Hessian stall?
 # ---------------------------
 #
-# CG assumes that the quadratic model curves upwards. Along a direction of
-# `negative curvature <plot_2_conjugate_gradients.html#negative-curvature>`__ the
-# model has no minimum, and plain CG steps to a maximum. By default, ``cg`` stops
-# at such a direction, and returns a direction downhill. (Ron Dembo and Trond
-# Steihaug, `Truncated-Newton algorithms
-# <https://doi.org/10.1007/BF02592055>`__, 1983.) Here is the Hessian with that
-# rule, from three seeds, and the GGN from the same seeds:
+# Along a direction of `negative curvature
+# <plot_2_conjugate_gradients.html#negative-curvature>`__, plain CG steps to a
+# maximum of the model. By default, ``cg`` stops there, and returns a direction
+# downhill. (Dembo and Steihaug, `Truncated-Newton algorithms
+# <https://doi.org/10.1007/BF02592055>`__, 1983.) The Hessian with this rule, and
+# the GGN, from three seeds:
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]
@@ -610,9 +581,9 @@ for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
     print(f"at most {max(hessian.loss):.1f}")
 
 # %%
-# With the rule, the loss leaves the plateau, but ends above the GGN's loss from
-# each seed. A run may also blow up; its highest loss stands at the end of its
-# line.
+# With the rule, the loss leaves the plateau. From each seed, the last ten losses
+# are higher than the GGN's. A run may also blow up: the lines end with the
+# highest loss.
 
 # How many solves stop at negative curvature? Each step solves eight systems.
 stops = [
@@ -625,16 +596,17 @@ assert sum(count <= 4 for count in stops) > 0.6 * STEPS
 assert min(stops) >= 1
 for ggn, hessian in zip(with_ggn, stopping, strict=True):
     assert late(ggn) < late(hessian)
-assert min(stopping[0].loss) < 2 < 2.2 < min(histories["Hessian"].loss)
+assert max(min(run.loss) for run in stopping) < 2
+assert min(histories["Hessian"].loss) > 2.2
 
 # %%
 # Steps and seconds
 # -----------------
 #
-# A Newton step costs many products, and a step of SGD costs one gradient. Who is
-# ahead by the clock? Adam and Newton-CG train once more, at the settings that
-# `page 4 <plot_4_is_it_worth_it.html>`__ tunes for both, with products by
-# automatic differentiation, in blocks per layer.
+# A Newton step costs many products. Who is ahead by the clock? Adam and
+# Newton-CG train once more, at the settings that `page 4
+# <plot_4_is_it_worth_it.html>`__ tunes for each, with products by automatic
+# differentiation and a block per layer.
 
 from cgn_tutorial.pages.races import Run, Setting
 
@@ -700,9 +672,8 @@ _ = describe(
 )
 
 # %%
-# The lower curves are means of ten steps, from one seed. `Page 4
-# <plot_4_is_it_worth_it.html#who-wins>`__ holds the race, with a test set and
-# several seeds.
+# The lower curves are means of ten steps, from one seed. Page 4 holds the `race
+# <plot_4_is_it_worth_it.html#who-wins>`__, with test images and more seeds.
 
 # Check that Newton steps are the fewer.
 assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
@@ -711,14 +682,14 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 # What to take home
 # -----------------
 #
-# - In 50 steps, SGD does not train this model at any of five learning rates.
-#   Newton steps with the GGN do.
-# - BackPACK's two PCH count here as one method with the GGN.
+# - In 50 steps, Newton steps with the GGN train this model. SGD stands still at
+#   each of five learning rates.
+# - BackPACK's two PCH are nearly the GGN.
 # - Plain CG fails on the Hessian. CG that stops at negative curvature helps. The
 #   GGN helps more.
 #
-# This is one model, one data set and mostly one seed, at the settings of the
-# published example. Nothing here says that second-order methods win in general.
+# This is one model, one data set and mostly one seed. Nothing here says that
+# second-order methods win in general.
 
 # How many products does a step take?
 products = {label: sum(h.products) for label, h in histories.items()}
@@ -729,9 +700,9 @@ for label in ("GGN", "Hessian", "PCH-abs", "PCH-clip"):
 # Published and reproduced
 # ------------------------
 #
-# The published run printed loss and accuracy every ten iterations. For each run,
-# here is the loss at iteration 50, and the largest difference over all printed
-# iterations. Differences in the accuracy count images of the 64.
+# The published run printed loss and accuracy every ten iterations. Here are the
+# last loss, and the largest differences at all of these iterations; images
+# count the 64 of a batch.
 
 published = load_published_run()
 assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}
@@ -750,10 +721,10 @@ for label, figures in published["runs"].items():
     print(f"{difference[label, 'loss']:.5f}   {images}")
 
 # %%
-# SGD repeats the published losses to within 0.0001. The GGN and both PCH repeat
-# them to within 0.002. These eight runs repeat the accuracies to within one
-# image. Plain CG on the Hessian does not repeat the digits: both runs stay at a
-# loss above 2.2, at an accuracy below 0.2.
+# SGD repeats the published losses to within 0.0001, the GGN and both PCH to
+# within 0.002, and these eight runs repeat the accuracies to within one image.
+# Plain CG on the Hessian does not repeat the digits: there and here, the loss
+# stays above 2.2, and the accuracy below 0.2.
 
 # Check the eight runs, and the Hessian's.
 assert iterations[-1] == STEPS - 1
@@ -799,9 +770,8 @@ for label, figures in published["runs"].items():
 # .. fold:: Change the code: set ``maxiter`` to 1, then to 2, and train with the GGN.
 #     How low is the loss after 50 steps?
 #
-#    With one product, each parameter moves along its gradient, and the mean loss
-#    of the last ten steps is still above 1.8. With two products, this mean is
-#    below 1.3.
+#    With one product, each parameter moves along its gradient, and the last ten
+#    losses have a mean above 1.8. With two products, this mean is below 1.3.
 
 # Check the answers.
 assert abs(0.1 / (1e-4 + 0.01) / 10 - 1) < 0.02
