@@ -2,8 +2,6 @@ r"""
 3. Matrix-free second-order optimization
 ========================================
 
-*About 15 minutes to read, and one to run.*
-
 Can an optimizer train a network in 50 steps, if gradient descent stands still
 for all of them? This page writes such an optimizer, for a convolutional network
 full of sigmoids. Each sigmoid multiplies the gradient that flows back by at most
@@ -20,14 +18,16 @@ with the gradient :math:`g`, a curvature matrix :math:`C` and the damping
 :math:`\lambda` (`page 1 <plot_1_newton_step.html>`__ derives the system), by
 conjugate gradients (CG, `page 2 <plot_2_conjugate_gradients.html>`__).
 
-The optimizer, the experiment and the published figures are those of BackPACK's
-example `Matrix-free second-order optimization
+Optimizer, experiment and published figures are those of BackPACK's example
+`Matrix-free second-order optimization
 <https://docs.backpack.pt/en/master/use_cases/example_cg_newton.html>`__
-(Felix Dangel, Frederik Kunstner and Philipp Hennig, `BackPACK: Packing more
-into backprop <https://openreview.net/forum?id=BJlrF24twB>`__, ICLR 2020). That
-example builds on `PyTorch's MNIST example
+(Dangel, Kunstner and Hennig, `BackPACK: Packing more into backprop
+<https://openreview.net/forum?id=BJlrF24twB>`__, ICLR 2020), which builds on
+`PyTorch's MNIST example
 <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and code here are
 our own.
+
+*About 15 minutes to read, and one to run.*
 """
 
 # %%
@@ -146,9 +146,7 @@ first, *_, last = norms.values()
 assert first < last / 100
 
 # %%
-# The first convolution's gradient is less than a hundredth of the last layer's
-# gradient: gradient descent moves the first convolution less than a hundredth
-# as far.
+# The first convolution's gradient is less than a hundredth of the last layer's.
 #
 # A first optimizer
 # -----------------
@@ -319,9 +317,9 @@ for when, rows in tables.items():
 # Before training, the curvature of both convolutions is below the damping of
 # 0.01: their steps are nearly :math:`-g / \lambda`. The last layer's step is
 # shorter by more than a hundred. All four steps point roughly along :math:`-g`:
-# at first, the curvature acts much like a learning rate for each layer. After
-# training, the curvature of all layers is above the damping, and the steps turn
-# away from the gradient.
+# the curvature acts much like a learning rate for each layer. After training, the
+# curvature of all layers is above the damping, and the steps turn away from the
+# gradient.
 #
 # Does the network train for this reason? `Page 4
 # <plot_4_is_it_worth_it.html#what-does-the-work>`__ takes the curvature away,
@@ -344,9 +342,10 @@ assert (after[3] < 0.95).all()
 #
 # - the **GGN** drops the second derivatives of the network;
 # - the **Hessian** drops nothing, and has negative eigenvalues;
-# - two **positive-curvature Hessians** (PCH) make negative parts of the Hessian
-#   positive (abs) or zero (clip). (Chen, Chou and Chang, `BDA-PCH
-#   <https://arxiv.org/abs/1802.06502>`__, 2018.)
+# - two `positive-curvature Hessians
+#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__ (PCH; Chen,
+#   Chou and Chang, `2018 <https://arxiv.org/abs/1802.06502>`__) make negative
+#   parts of the Hessian positive (abs) or zero (clip).
 #
 # As in the published run, CG goes on at negative curvature.
 
@@ -542,9 +541,8 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # Along a direction of `negative curvature
 # <plot_2_conjugate_gradients.html#negative-curvature>`__, plain CG steps to a
 # maximum of the model. By default, ``cg`` stops there, and returns a direction
-# downhill. (Dembo and Steihaug, `Truncated-Newton algorithms
-# <https://doi.org/10.1007/BF02592055>`__, 1983.) The Hessian with this rule, and
-# the GGN, from three seeds:
+# downhill (Dembo and Steihaug, `1983 <https://doi.org/10.1007/BF02592055>`__).
+# The Hessian with this rule, and the GGN, from three seeds:
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]
@@ -581,9 +579,8 @@ for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
     print(f"at most {max(hessian.loss):.1f}")
 
 # %%
-# With the rule, the loss leaves the plateau. From each seed, the last ten losses
-# are higher than the GGN's. A run may also blow up: the lines end with the
-# highest loss.
+# With the rule, the loss leaves the plateau, but the last ten losses are higher
+# than the GGN's from each seed. A run may also blow up: see the highest loss.
 
 # How many solves stop at negative curvature? Each step solves eight systems.
 stops = [
@@ -684,7 +681,6 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 #
 # - In 50 steps, Newton steps with the GGN train this model. SGD stands still at
 #   each of five learning rates.
-# - BackPACK's two PCH are nearly the GGN.
 # - Plain CG fails on the Hessian. CG that stops at negative curvature helps. The
 #   GGN helps more.
 #

@@ -2,12 +2,10 @@ r"""
 5. Any architecture
 ===================
 
-*About 15 minutes to read, and one to run.*
-
-BackPACK knows the curvature of a list of layers. What about a network with
-another layer? This page takes its curvature products from automatic
-differentiation alone. Any model and loss will do that PyTorch can differentiate
-twice. The optimizer stays as it is, and each step still solves
+How does a network train with curvature, if BackPACK has no rule for one of its
+layers? This page takes its curvature products from automatic differentiation
+alone. Any model and loss will do that PyTorch can differentiate twice. The
+optimizer stays as it is, and each step still solves
 
 .. math::
 
@@ -16,6 +14,8 @@ twice. The optimizer stays as it is, and each step still solves
 by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG) on products with
 :math:`C`. What changes is where these products come from, and which parameters
 share a system: a weight and its bias, or the whole network.
+
+*About 15 minutes to read, and one to run.*
 """
 
 # %%
@@ -676,7 +676,7 @@ _ = describe(
 #   <plot_2_conjugate_gradients.html#negative-curvature>`__, and stops there.
 # - **BackPACK or autograd?** The products are the same if both exist. BackPACK
 #   has further curvatures, such as the `PCH
-#   <plot_1_newton_step.html#positive-curvature-hessian>`__. Autograd takes any
+#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes any
 #   model, loss and blocks.
 # - **Which blocks?** One per layer is a good start. `Choosing
 #   <../guides/choosing.html>`__ has the other settings.

@@ -2,11 +2,9 @@ r"""
 6. Several processes, one Newton step
 =====================================
 
-*About 10 minutes to read, and one to run.*
-
-What if a batch is too large for one device, or too slow on it? Several processes
-share the batch, each with a copy of the network, and average their gradients. A
-Newton step
+What if a batch is too large for one device, or too slow? Several processes share
+the batch, each with a copy of the network, and average their gradients. A Newton
+step
 
 .. math::
 
@@ -15,6 +13,8 @@ Newton step
 also needs the curvature :math:`C` of the whole batch, and each process knows a
 part of it. This page finds out what has to be exchanged, trains in two processes,
 and gives a script for your own machines.
+
+*About 10 minutes to read, and one to run.*
 """
 
 # %%
@@ -33,11 +33,10 @@ and gives a script for your own machines.
 #    C p = \sum_i \frac{n_i}{N}\, C_i\, p.
 #    \end{aligned}
 #
-# What is linear in the loss is a weighted mean as well: the gradient, the Hessian,
-# and its product with any direction :math:`p`. The `generalized Gauss-Newton
-# matrix <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) is a sum with
-# one term per sample, so that its products are weighted means, too. Try this with
-# 64 images in four equal shards:
+# What is linear in the loss is a weighted mean as well: the gradient, and the
+# product of the Hessian with any direction :math:`p`. The `generalized
+# Gauss-Newton matrix <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN)
+# is a sum over samples, too. Try four equal shards of 64 images:
 
 # Split 64 images, and make a small network with room for a layer.
 import torch
@@ -88,9 +87,8 @@ assert difference(mean_g, g) < 1e-12
 assert difference(averaged, product(p)) < 1e-12
 
 # %%
-# The step itself is no such mean: the step is not linear in the curvature. Let each
-# process solve with its own curvature and the gradient of all, and average the
-# steps. The result is another step:
+# The step is no such mean: it is not linear in the curvature. If each process
+# solves with its own curvature, the mean is another step:
 
 from cgn_tutorial import cg
 
@@ -112,10 +110,9 @@ assert difference(mean_v, v) > 0.05
 # --------------------
 #
 # The loss has to be a mean over samples, and the same function in every process.
-# Three habits break this. **BatchNorm** in train mode normalises by the mean and
-# the variance of its own shard. **Dropout** draws other masks in every process. A
-# **sum** over the samples, averaged over :math:`P` processes, is a :math:`P`-th of
-# the sum over the whole batch.
+# **BatchNorm** in train mode normalises by its own shard. **Dropout** draws other
+# masks in every process. A **sum** over the samples, averaged over :math:`P`
+# processes, is a :math:`P`-th of the whole sum.
 
 # Compare averaged products with those of the whole batch.
 
@@ -145,9 +142,8 @@ for label, (layer, loss_function) in CASES.items():
 
 # %%
 # With a sum, three quarters of the gradient and of the curvature are missing, but
-# :math:`\lambda` is whole: the step is another one. With BatchNorm or dropout, the
-# processes still agree on one step, but not on the step of one process with the
-# whole batch.
+# :math:`\lambda` is whole. With BatchNorm or dropout, the processes agree on a
+# step, but not on the step of one process with the whole batch.
 
 # Check the differences.
 assert gaps["nothing special"] < 1e-12
@@ -160,8 +156,7 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 #
 # In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data enter
 # through :math:`g` and the products alone. The processes average these, and each
-# process does the rest for itself. All processes start from the same numbers, so
-# that inner products and stopping tests agree to the last bit.
+# process does the rest for itself, with the same numbers to the last bit.
 #
 # The optimizer finds gradients and products on the parameters. ``whole_batch``
 # replaces both by averages, between the backward pass and ``step()``. This method
@@ -231,8 +226,8 @@ two = losses_of(2)
 print(" ".join(f"{loss:.3f}" for loss in two[::4]))
 
 # %%
-# One process trains on the same batches. It trains once more with the images of
-# each batch in another order, and nothing but the order of sums changes.
+# One process trains on the same batches, and once more with the images of each
+# batch in another order.
 
 # Train in one process.
 from cgn_tutorial import CGNOptimizer, layers
@@ -298,9 +293,8 @@ assert largest(two) < 0.005
 assert two[-1] < 1
 
 # %%
-# The curves lie on each other. The difference is rounding: in single precision,
-# sums depend on their order, and training amplifies the difference, as the last
-# line shows.
+# The curves lie on each other. The last line shows rounding alone: in single
+# precision, sums depend on their order, and training amplifies the difference.
 #
 # On your own machines
 # --------------------
@@ -329,10 +323,9 @@ assert two[-1] < 1
 # How many processes?
 # -------------------
 #
-# Each product costs a message, and a message takes time however small a share of
-# the batch is. With :math:`k` all-reduces in a step, each in :math:`2 (P - 1)`
-# rounds of a latency :math:`\alpha`, and with :math:`T` seconds of work to share, a
-# step takes about
+# Each product costs a message. With :math:`k` all-reduces in a step, each in
+# :math:`2 (P - 1)` rounds of a latency :math:`\alpha`, and with :math:`T` seconds of
+# work to share, a step takes about
 #
 # .. math::
 #

@@ -2,20 +2,20 @@ r"""
 C. Dense or not
 ===============
 
-*About 10 minutes to read, and one to run.*
-
-A Newton step solves
+Why not store the curvature matrix, and factorize it? And if conjugate gradients
+(CG) stop early, which part of the Newton step is missing? Beside `page 5
+<plot_5_any_architecture.html>`__, this page goes deeper into both questions. The
+system of a step,
 
 .. math::
 
-   (C + \lambda I)\, v = -g
+   (C + \lambda I)\, v = -g ,
 
-by conjugate gradients (CG) on products with the curvature matrix :math:`C`. Why
-not store the matrix, and factorize it? And if CG stops early, which part of the
-step is missing? This page goes deeper into both questions, beside `page 5
-<plot_5_any_architecture.html>`__. The matrix here is the `generalized
-Gauss-Newton matrix <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN),
-:math:`J^\top H_L\, J`, of a whole network or of its layers.
+has here the `generalized Gauss-Newton matrix
+<plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) :math:`C = J^\top H_L\,
+J` of a whole network, or of its layers.
+
+*About 10 minutes to read, and one to run.*
 """
 
 # %%
