@@ -86,6 +86,13 @@ def test_a_loop_of_a_client_changes_few_lines(name):
     assert "curvature.backward(loss, " in "".join(changed - plain)
 
 
+def test_newton_steps_train_beside_adams():
+    found = runpy.run_path(str(GUIDES / "beside_adam.py"))
+    assert statistics.mean(found["losses"][-10:]) < 0.6
+    assert len(found["newton"].solves) == 2
+    assert len(found["adam"].state) == 4
+
+
 # The symptoms.
 
 fit = runpy.run_path(str(GUIDES / "symptoms.py"))["fit"]

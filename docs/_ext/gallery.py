@@ -2,8 +2,8 @@
 
 Pages run again when the package changed. Notebooks work away from the site: their folds are HTML,
 their links lead to the site or to other notebooks. One archive has all downloads and the package.
-Source that a page prints is highlighted, and a page says what it ran on. A card of the gallery shows
-the first sentence of its page.
+Source that a page prints is highlighted, and a page says what it ran on. A card of the
+gallery shows the first sentence of its page.
 """
 
 from __future__ import annotations
