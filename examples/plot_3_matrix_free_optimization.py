@@ -34,7 +34,6 @@ our own.
 # One step
 # --------
 #
-# A step with curvature has one station more than a step of gradient descent.
 # CG sends vectors :math:`p`, and the graph of the loss returns the products
 # :math:`C p`. No matrix is ever stored.
 
@@ -274,9 +273,8 @@ assert abs(s[step.argmax()] / DAMPING**0.5 - 1) < 0.05
 assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
-# For each layer's weight, before and after this training: the gradient's length,
-# the largest eigenvalue of the GGN's block, the length of the step, and the
-# cosine between the step and :math:`-g`.
+# For each layer's weight: the gradient's length, the largest eigenvalue of the
+# GGN's block, the length of the step, and its cosine with :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.
@@ -417,9 +415,8 @@ assert max(histories["SGD, lr=10"].loss) > 3
 # -----------------
 #
 # What does another damping change? Here are five, with the GGN's products by
-# automatic differentiation, which `page 5 <plot_5_any_architecture.html>`__
-# explains: the matrix is the same. On the site, move :math:`\lambda` below the
-# figure.
+# `automatic differentiation <plot_5_any_architecture.html>`__: the matrix is the
+# same. On the site, move :math:`\lambda` below the figure.
 
 dampings = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
@@ -601,9 +598,8 @@ assert min(histories["Hessian"].loss) > 2.2
 # -----------------
 #
 # A Newton step costs many products. Who is ahead by the clock? Adam and
-# Newton-CG train once more, at the settings that `page 4
-# <plot_4_is_it_worth_it.html>`__ tunes for each, with products by automatic
-# differentiation and a block per layer.
+# Newton-CG, with a block per layer, train at the settings that `page 4
+# <plot_4_is_it_worth_it.html>`__ tunes for each.
 
 from cgn_tutorial.pages.races import Run, Setting
 
@@ -684,8 +680,7 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 # - Plain CG fails on the Hessian. CG that stops at negative curvature helps. The
 #   GGN helps more.
 #
-# This is one model, one data set and mostly one seed. Nothing here says that
-# second-order methods win in general.
+# This is one model, one data set and mostly one seed.
 
 # How many products does a step take?
 products = {label: sum(h.products) for label, h in histories.items()}
@@ -697,8 +692,7 @@ for label in ("GGN", "Hessian", "PCH-abs", "PCH-clip"):
 # ------------------------
 #
 # The published run printed loss and accuracy every ten iterations. Here are the
-# last loss, and the largest differences at all of these iterations; images
-# count the 64 of a batch.
+# last loss, and the largest differences over these iterations.
 
 published = load_published_run()
 assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}

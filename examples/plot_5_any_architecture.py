@@ -27,6 +27,7 @@ share a system: a weight and its bias, or the whole network.
 
 # A residual network: modules, and the branch that is added.
 import warnings
+from textwrap import fill
 
 import torch
 from backpack import backpack, extend
@@ -93,7 +94,7 @@ for label, model in attempts.items():
         with backpack(GGNMP()):
             loss.backward()
     except NotImplementedError as error:
-        print(f"{label}: {error}\n")
+        print(fill(f"{label}: {error}", 72), end="\n\n")
     else:
         raise AssertionError("BackPACK takes this model by now")
 
@@ -311,7 +312,7 @@ def evaluate():
 try:
     Hessian(layers(model)).backward(*evaluate())
 except RuntimeError as error:
-    print(error)
+    print(fill(str(error), 72))
 else:
     raise AssertionError("the Hessian of weight_norm is taken by now")
 
@@ -633,7 +634,7 @@ product, *_ = GGN(layers(model)).backward(cross_entropy(z, labels), z)
 try:
     product(torch.randn(1, sum(p.numel() for p in product.parameters)))
 except RuntimeError as error:
-    print(error)
+    print(fill(str(error), 72))
 else:
     raise AssertionError("fused attention is differentiated twice by now")
 

@@ -280,6 +280,7 @@ _ = describe(
 # %%
 
 
+# Compare the losses.
 def largest(losses):
     """The largest difference from one process."""
     return max(abs(a - b) for a, b in zip(losses, one, strict=True))
@@ -349,7 +350,7 @@ for T, color, line in ((0.5, "blue", "-"), (5.0, "orange", "--")):
     axes.plot(processes, faster, line, color=COLORS[color])
     axes.plot(processes[best], faster[best], "o", color=COLORS[color])
     words = f"{T:g} s of work"
-    axes.text(64, faster[-1] + 1, words, color=COLORS[color], ha="right")
+    axes.text(processes[best], faster[best] + 1, words, color=COLORS[color])
     print(
         f"{T:g} s of work: fastest with {processes[best]} processes, ", end=""
     )

@@ -216,6 +216,7 @@ _ = describe(
 
 # %%
 
+# Compare seconds and memory.
 first_too_large = sizes[(dense_memory > 16 * GB).int().argmax()]
 print(f"dense, {first_too_large:,} parameters: more than 16 GB")
 ours, theirs = memory[-1] / 1e6, woodbury_memory[-1] / 1e6

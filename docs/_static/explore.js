@@ -371,6 +371,12 @@ const runs = {
       curves.forEach((curve, i) => i === run || line(curve, "gray faint"));
       line(curves[run], "ink");
     }
+    const falls = (curve) => curve.findIndex((value) => value < 1);
+    loss.forEach((curve, i) => {  // those on the plateau stand above it, beside each other
+      const flat = loss.filter((other, j) => j < i && falls(other) < 0).length;
+      const at = falls(curve) < 0 ? [2 + 9 * flat, 2.35] : [falls(curve), 1];
+      if (i !== run) left.words(...at, String(dampings[i]), "", [falls(curve) < 0 ? 0 : 4, -4]);
+    });
     left.words(50, 3, `λ = ${dampings[run]}`, "strong end", [-8, 18]);
 
     right.line([[low / 2, 2 / low], [high * 2, 0.5 / high]], "thin dashed");
