@@ -114,6 +114,8 @@ html_sidebars: dict[str, list[str]] = {
 rst_epilog = f"""
 .. |wheel| replace:: {html_baseurl}{wheel}
 .. _wheel: {wheel}
+.. |the-wheel| replace:: {html_baseurl}{wheel}
+.. _the-wheel: ../{wheel}
 .. _repository: {repository or "index.html"}
 """
 if repository:

@@ -128,8 +128,9 @@ def woodbury_step(model):
 # %%
 # The memory is counted, not measured. In single precision, the dense matrix of
 # :math:`n` parameters takes :math:`4 n^2` bytes, and Woodbury's :math:`U` takes
-# :math:`4 \cdot 640\, n`. The matrix-free way takes eight vectors for CG, and
-# what the two graphs hold on to. PyTorch reports each tensor that a graph saves.
+# :math:`4 \cdot 640\, n`. The matrix-free way takes five vectors, the
+# gradient and the `four of CG <plot_2_conjugate_gradients.html#the-algorithm>`__,
+# and what the two graphs hold on to. PyTorch reports each tensor that a graph saves.
 
 
 # Count the bytes that the graphs hold on to.
@@ -154,7 +155,7 @@ def matrix_free_bytes(model):
         z = model(small)
         loss = cross_entropy(z, labels)
         products = GGN(whole_network(model)).backward(loss, z)
-    return sum(saved.values()) + 8 * 4 * sum(map(size, products))
+    return sum(saved.values()) + 5 * 4 * sum(map(size, products))
 
 
 # %%
@@ -409,9 +410,9 @@ assert max(late["per parameter"] + late["network"]) > 3
 # --------------
 #
 # .. fold:: How large is the dense matrix of 50,000 parameters in single precision,
-#     and how large are the eight vectors?
+#     and how large are the gradient and the four vectors of CG?
 #
-#    10 GB, :math:`4 n^2` bytes, and 1.6 MB, :math:`8 \cdot 4 n` bytes.
+#    10 GB, :math:`4 n^2` bytes, and 1 MB, :math:`5 \cdot 4 n` bytes.
 #
 # .. fold:: A network is solved as one block, to a tolerance of 0.1. A layer has half
 #     a percent of the squared gradient. Can the solve end before that layer
@@ -428,7 +429,7 @@ assert max(late["per parameter"] + late["network"]) > 3
 
 # Check the answers.
 n = 50_000
-assert (4 * n**2, 8 * 4 * n) == (10e9, 1.6e6)
+assert (4 * n**2, 5 * 4 * n) == (10e9, 1e6)
 assert 0.005 < 0.1**2
 for seed in SEEDS:
     torch.manual_seed(seed)
