@@ -372,10 +372,12 @@ const runs = {
       line(curves[run], "ink");
     }
     const falls = (curve) => curve.findIndex((value) => value < 1);
-    loss.forEach((curve, i) => {  // those on the plateau stand above it, beside each other
-      const flat = loss.filter((other, j) => j < i && falls(other) < 0).length;
-      const at = falls(curve) < 0 ? [2 + 9 * flat, 2.35] : [falls(curve), 1];
-      if (i !== run) left.words(...at, String(dampings[i]), "", [falls(curve) < 0 ? 0 : 4, -4]);
+    loss.forEach((curve, i) => {
+      if (i === run) return;
+      const before = loss.slice(0, i).filter((other) => falls(other) < 0).length;
+      const name = String(dampings[i]);
+      if (falls(curve) < 0) left.words(2 + 9 * before, 2.35, name, "", [0, -4]);  // the plateau
+      else left.words(falls(curve), 1, name, i ? "" : "end", [i ? 6 : -6, 0]);
     });
     left.words(50, 3, `λ = ${dampings[run]}`, "strong end", [-8, 18]);
 
