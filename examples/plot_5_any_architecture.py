@@ -2,12 +2,10 @@ r"""
 5. Any architecture
 ===================
 
-*About 15 minutes to read, and one to run.*
-
-BackPACK knows the curvature of a list of layers. What about a network with
-another layer? This page takes its curvature products from automatic
-differentiation alone. Any model and loss will do that PyTorch can differentiate
-twice. The optimizer stays as it is, and each step still solves
+How does a network train with curvature, if BackPACK has no rule for one of its
+layers? This page takes its curvature products from automatic differentiation
+alone. Any model and loss will do that PyTorch can differentiate twice. The
+optimizer stays as it is, and each step still solves
 
 .. math::
 
@@ -16,6 +14,8 @@ twice. The optimizer stays as it is, and each step still solves
 by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG) on products with
 :math:`C`. What changes is where these products come from, and which parameters
 share a system: a weight and its bias, or the whole network.
+
+*About 15 minutes to read, and one to run.*
 """
 
 # %%
@@ -27,6 +27,7 @@ share a system: a weight and its bias, or the whole network.
 
 # A residual network: modules, and the branch that is added.
 import warnings
+from textwrap import fill
 
 import torch
 from backpack import backpack, extend
@@ -93,7 +94,7 @@ for label, model in attempts.items():
         with backpack(GGNMP()):
             loss.backward()
     except NotImplementedError as error:
-        print(f"{label}: {error}\n")
+        print(fill(f"{label}: {error}", 72), end="\n\n")
     else:
         raise AssertionError("BackPACK takes this model by now")
 
@@ -311,7 +312,7 @@ def evaluate():
 try:
     Hessian(layers(model)).backward(*evaluate())
 except RuntimeError as error:
-    print(error)
+    print(fill(str(error), 72))
 else:
     raise AssertionError("the Hessian of weight_norm is taken by now")
 
@@ -633,7 +634,7 @@ product, *_ = GGN(layers(model)).backward(cross_entropy(z, labels), z)
 try:
     product(torch.randn(1, sum(p.numel() for p in product.parameters)))
 except RuntimeError as error:
-    print(error)
+    print(fill(str(error), 72))
 else:
     raise AssertionError("fused attention is differentiated twice by now")
 
@@ -676,7 +677,7 @@ _ = describe(
 #   <plot_2_conjugate_gradients.html#negative-curvature>`__, and stops there.
 # - **BackPACK or autograd?** The products are the same if both exist. BackPACK
 #   has further curvatures, such as the `PCH
-#   <plot_1_newton_step.html#positive-curvature-hessian>`__. Autograd takes any
+#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes any
 #   model, loss and blocks.
 # - **Which blocks?** One per layer is a good start. `Choosing
 #   <../guides/choosing.html>`__ has the other settings.
