@@ -268,13 +268,12 @@ _ = describe(
 # cheap:
 #
 # - **One product a step is enough.** Since :math:`x_{k+1} = x_k + \alpha_k p_k`, the
-# next residual
-#   is :math:`r_{k+1} = r_k - \alpha_k A p_k`.
-# - **Residuals are orthogonal**, each to all others. - **One earlier direction is
-# enough.** If :math:`p_{k+1}` is conjugate to :math:`p_k`, then
-#   :math:`p_{k+1}` is conjugate to all earlier directions.
+#   next residual is :math:`r_{k+1} = r_k - \alpha_k A p_k`.
+# - **Residuals are orthogonal**, each to all others.
+# - **One earlier direction is enough.** If :math:`p_{k+1}` is conjugate to
+#   :math:`p_k`, then :math:`p_{k+1}` is conjugate to all earlier directions.
 #
-# With these, both step lengths need only the residuals and one product:
+# With these, both lengths need only the residuals and one product:
 #
 # .. math::
 #
@@ -586,7 +585,7 @@ for k in range(2):
     curvature = steps[k] @ (diagonal * steps[k]) / (steps[k] @ steps[k])
     x1, x2 = path[k + 1].tolist()
     print(f"step {k + 1}: pᵀAp / pᵀp = {curvature:5.2f},")
-    print(f"        x = ({x1:.2f}, {x2:.2f}), model {model_values[k + 1]:.2f}")
+    print(f"  x = ({x1:.2f}, {x2:.2f}), model {model_values[k + 1]:.2f}")
 
 stopped = cg(diagonal.mul, b)
 print(f"{stopped.solve.reason}: x = {stopped.x.tolist()}")

@@ -28,7 +28,7 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 
 # Load the tiny network, and compute its Hessian.
 import torch
-from torch.func import grad, hessian, jacrev
+from torch.func import grad, jacrev
 from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils import parameters_to_vector
 
@@ -50,7 +50,7 @@ def loss(x):
     return cross_entropy(outputs(x), labels)
 
 
-H = hessian(loss)(x_init)
+H = jacrev(grad(loss))(x_init)
 
 # %%
 
@@ -234,7 +234,7 @@ for W_l, _, H_z, H_h in recursion(x_init, RESIDUALS["Hessian"]):
     met += [("$H_z$", W_l.shape, H_z[0]), ("$H_h$", None, H_h[0])]
 met = met[:-1]  # nothing is below the first layer
 
-fig, ax = plt.subplots(figsize=(5.2, 3.2))
+fig, ax = plt.subplots(figsize=(6, 3.6))
 steps, edge = ("σ′", "W"), 0.0
 for i, (name, shape, matrix) in enumerate(met):
     half = 0.07 * len(matrix)
@@ -258,7 +258,7 @@ for i, (name, shape, matrix) in enumerate(met):
         words += f"weight\n{n * k} × {n * k}"
         ax.text(center, -0.95, words, ha="center", va="top")
     edge = center - half
-ax.set(xlim=(-6.9, 0.7), ylim=(-3.1, 0.9), aspect="equal")
+ax.set(xlim=(-6.0, 0.6), ylim=(-2.7, 0.8), aspect="equal")
 ax.set_axis_off()
 _ = describe(
     fig,
@@ -502,6 +502,6 @@ rectified[1], rectified[3] = nn.ReLU(), nn.ReLU()
 outputs = outputs_of(rectified, images)
 J, H_L = jacrev(outputs)(x_init), loss_hessians(outputs(x_init))
 G = torch.einsum("nki,nkl,nlj->ij", J, H_L, J)
-H = hessian(loss)(x_init)
+H = jacrev(grad(loss))(x_init)
 assert difference(blocks_of(H), blocks_of(G)) < 1e-12
 assert (H - G).norm() > 0.01 * G.norm()
