@@ -195,8 +195,8 @@ assert (after[dampings > best].diff() > 0).all() and after[-1] < loss(lying)
 #
 # The gradient of the model, :math:`g + (C + \lambda I)\, v`, vanishes if :math:`v` solves the
 # system at the top of this page. If all eigenvalues of :math:`C + \lambda I` are positive, then
-# :math:`v` is the minimum of the model and points downhill:
-# :math:`g^\top v = -v^\top (C + \lambda I)\, v < 0`.
+# :math:`v` is the minimum of the model and points downhill: :math:`g^\top v = -v^\top (C + \lambda
+# I)\, v < 0`.
 #
 # What does the system buy? Take :math:`L(x) = \tfrac{1}{2} (x_1^2 + 20\, x_2^2)`, a valley. The
 # second parameter curves 20 times as much as the first.
@@ -243,10 +243,10 @@ _ = describe(
 
 # %%
 # Gradient descent bounces between the steep walls. Newton divides each direction by its own
-# curvature: along an eigenvector of :math:`C` with the eigenvalue
-# :math:`\mu`, the step is :math:`-g_\mu / (\mu + \lambda)`, where :math:`g_\mu` is the component of
-# :math:`g`. A direction with :math:`\mu \gg \lambda` takes the Newton step. A direction with
-# :math:`\mu \ll \lambda` takes a gradient step, :math:`-g_\mu / \lambda`.
+# curvature: along an eigenvector of :math:`C` with the eigenvalue :math:`\mu`, the step is
+# :math:`-g_\mu / (\mu + \lambda)`, where :math:`g_\mu` is the component of :math:`g`. A direction
+# with :math:`\mu \gg \lambda` takes the Newton step. A direction with :math:`\mu \ll \lambda` takes
+# a gradient step, :math:`-g_\mu / \lambda`.
 #
 # Which directions does one damping hold back? The lower panel shows which part of the way to the
 # minimum the step goes in each direction, for every :math:`\lambda`. On the site, move the sliders;
@@ -355,10 +355,9 @@ assert abs(u @ v) < 1e-6
 
 # %%
 # Undamped, the model is a trough: every point of the dashed line is a minimum. With damping, a
-# single minimum is left, straight across the trough. To see why, multiply
-# :math:`(C + \lambda I)\, v = -g` by :math:`u^\top`. Since :math:`C u = 0` and
-# :math:`g^\top u = 0`, what remains is :math:`\lambda\, u^\top v = 0`: the damped step does not
-# move along a null direction.
+# single minimum is left, straight across the trough. To see why, multiply :math:`(C + \lambda I)\,
+# v = -g` by :math:`u^\top`. Since :math:`C u = 0` and :math:`g^\top u = 0`, what remains is
+# :math:`\lambda\, u^\top v = 0`: the damped step does not move along a null direction.
 #
 # Hessian
 # -------
@@ -417,10 +416,10 @@ assert len(H) == 113 and smallest < 0
 # where :math:`k` counts the outputs of all images. The **generalized Gauss-Newton** matrix
 # :math:`G` (GGN) keeps the first term and drops the *residual* :math:`R`, the curvature of the
 # network itself. If the loss is convex in the *outputs*, as cross-entropy and squared error are,
-# then no eigenvalue of the GGN is negative:
-# :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J v) \ge 0`. Such a matrix is called positive
-# semi-definite (`Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient
-# Descent" (2002) <https://doi.org/10.1162/08997660260028683>`__).
+# then no eigenvalue of the GGN is negative: :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J
+# v) \ge 0`. Such a matrix is called positive semi-definite (`Schraudolph, "Fast Curvature
+# Matrix-Vector Products for Second-Order Gradient Descent" (2002)
+# <https://doi.org/10.1162/08997660260028683>`__).
 #
 # The three factors for one image, not to scale:
 
@@ -647,9 +646,8 @@ for name, median in medians.items():
 # A product costs a few gradients, however many parameters the network has: so training with
 # curvature is possible (`Martens, "Deep learning via Hessian-free optimization" (2010)
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__). The last product keeps the
-# graph of one forward pass for all products
-# of a step; `page 5 <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows
-# how.
+# graph of one forward pass for all products of a step; `page 5
+# <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows how.
 #
 # What is missing is a solver that asks for nothing but products: `page 2
 # <plot_2_conjugate_gradients.html>`__.

@@ -88,10 +88,11 @@ assert missing > 0.05
 torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 
 # %%
-# Two conjugate steps arrive, up to rounding. The left panel shows both paths over the
-# contours of the model, the right panel in the coordinates :math:`y = S^\top x` with
-# :math:`A = S S^\top`. In :math:`y`, the contours are circles, and :math:`p^\top A p_+`
-# is the ordinary inner product: conjugate directions meet at a right angle.
+# Two conjugate steps arrive, up to rounding. The left panel shows both paths
+# over the contours of the model, the right panel in the coordinates :math:`y =
+# S^\top x` with :math:`A = S S^\top`. In :math:`y`, the contours are circles,
+# and :math:`p^\top A p_+` is the ordinary inner product: conjugate directions
+# meet at a right angle.
 
 # Draw the contours of the quadratic model.
 from matplotlib import pyplot as plt
@@ -263,9 +264,9 @@ _ = describe(
 # The algorithm
 # -------------
 #
-# Write :math:`r_k` and :math:`p_k` for the residuals and the directions, and start from
-# :math:`x_0 = 0`, so that :math:`r_0 = p_0 = b`. Three observations make the method
-# cheap:
+# Write :math:`r_k` and :math:`p_k` for the residuals and the directions, and
+# start from :math:`x_0 = 0`, so that :math:`r_0 = p_0 = b`. Three observations
+# make the method cheap:
 #
 # - **One product a step is enough.** Since :math:`x_{k+1} = x_k + \alpha_k p_k`, the
 #   next residual is :math:`r_{k+1} = r_k - \alpha_k A p_k`.
@@ -334,8 +335,9 @@ print(f"1,000,000,000 parameters: 4 vectors, {4 * 4 * 1e9 / 1e9:.0f} GB")
 
 # %%
 # The package's ``cg`` takes the same steps, for a matrix given as a function.
-# ``M`` is a `preconditioner <plot_b_how_fast_how_exact.html#preconditioning>`__;
-# without ``M``, ``z`` is the residual ``r``.
+# ``M`` is a `preconditioner
+# <plot_b_how_fast_how_exact.html#preconditioning>`__; without ``M``, ``z`` is
+# the residual ``r``.
 
 import inspect
 import math
@@ -345,10 +347,11 @@ from cgn_tutorial import cgn
 print(inspect.getsource(cgn._steps))
 
 # %%
-# Before ``cg`` accepts a step, ``cg`` asks: Is the residual small enough, or the budget
-# spent? Has `rounding <plot_b_how_fast_how_exact.html#rounding>`__ spoiled the
-# residual? Is the curvature :math:`p^\top A p` positive? Are all numbers finite? On a
-# GPU, ``cg`` waits for the device once per step, to fetch these numbers.
+# Before ``cg`` accepts a step, ``cg`` asks: Is the residual small enough, or
+# the budget spent? Has `rounding <plot_b_how_fast_how_exact.html#rounding>`__
+# spoiled the residual? Is the curvature :math:`p^\top A p` positive? Are all
+# numbers finite? On a GPU, ``cg`` waits for the device once per step, to fetch
+# these numbers.
 
 # Compare the iterates of all three loops.
 from cgn_tutorial import cg
@@ -376,18 +379,17 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 #
 # .. math:: \tfrac{1}{2} \sqrt{\kappa} \ln(2 / \varepsilon)
 #
-# steps; gradient descent may take
-# :math:`\tfrac{1}{2} \kappa \ln(1 / \varepsilon)`. `Page B
-# <plot_b_how_fast_how_exact.html>`__ proves both bounds, and shows when CG is
-# faster than the bound.
+# steps; gradient descent may take :math:`\tfrac{1}{2} \kappa \ln(1 /
+# \varepsilon)`. `Page B <plot_b_how_fast_how_exact.html>`__ proves both bounds,
+# and shows when CG is faster than the bound.
 #
-# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie
-# between 0 and :math:`\mu_1`, then damping gives
-# :math:`\kappa \le 1 + \mu_1 / \lambda`. So a tenth of the damping allows for
-# :math:`\sqrt{10} \approx 3` times as many products. How many products does a
-# real matrix take? Take the curvature of the tutorial's network with respect
-# to the 250 weights of its first layer, on a mini-batch of 64 images, after a
-# short training with Adam. BackPACK leaves the products with the `GGN
+# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie between
+# 0 and :math:`\mu_1`, then damping gives :math:`\kappa \le 1 + \mu_1 /
+# \lambda`. So a tenth of the damping allows for :math:`\sqrt{10} \approx 3`
+# times as many products. How many products does a real matrix take? Take the
+# curvature of the tutorial's network with respect to the 250 weights of its
+# first layer, on a mini-batch of 64 images, after a short training with Adam.
+# BackPACK leaves the products with the `GGN
 # <plot_1_newton_step.html#generalized-gauss-newton>`__ and with the `Hessian
 # <plot_1_newton_step.html#hessian>`__ on the weights, in float64.
 
@@ -469,9 +471,9 @@ _ = describe(
 # When to stop
 # ------------
 #
-# The model is only local, and a loose solve is enough: Dembo, Eisenstat and Steihaug,
-# `Inexact Newton Methods <https://doi.org/10.1137/0719025>`__ (1982), show how loose.
-# ``cg`` ends as soon as
+# The model is only local, and a loose solve is enough: Dembo, Eisenstat and
+# Steihaug, `Inexact Newton Methods <https://doi.org/10.1137/0719025>`__ (1982),
+# show how loose. ``cg`` ends as soon as
 #
 # .. math::
 #
@@ -618,11 +620,11 @@ _ = describe(
 )
 
 # %%
-# The first direction is :math:`p = b = (1, 2)`, downhill, with :math:`p^\top A p = 1 -
-# 8 = -7`. Along :math:`p` the model falls without end. The only stationary point is a
-# maximum at :math:`\alpha = -5 / 7`, and plain CG goes there: backwards, uphill. The
-# second step solves the system: :math:`(1, -1)` is a saddle point, higher than the
-# start.
+# The first direction is :math:`p = b = (1, 2)`, downhill, with :math:`p^\top A
+# p = 1 - 8 = -7`. Along :math:`p` the model falls without end. The only
+# stationary point is a maximum at :math:`\alpha = -5 / 7`, and plain CG goes
+# there: backwards, uphill. The second step solves the system: :math:`(1, -1)`
+# is a saddle point, higher than the start.
 #
 # The remedy is due to Dembo and Steihaug, `Truncated-Newton algorithms for
 # large-scale unconstrained optimization (1983)
@@ -630,8 +632,9 @@ _ = describe(
 # :math:`p^\top A p \le 0`. All earlier curvatures are positive, so the iterate
 # points downhill. If the very first direction has no positive curvature, then
 # ``cg`` returns :math:`b = -g`, a step of gradient descent. (Steihaug, `The
-# Conjugate Gradient Method and Trust Regions in Large Scale Optimization
-# (1983) <https://doi.org/10.1137/0720042>`__, goes on to a bound on the step's length.)
+# Conjugate Gradient Method and Trust Regions in Large Scale Optimization (1983)
+# <https://doi.org/10.1137/0720042>`__, goes on to a bound on the step's
+# length.)
 #
 # Does the remedy matter for the network? Solve with the Hessian of the first
 # layer in both ways, with the tutorial's damping and tolerance.

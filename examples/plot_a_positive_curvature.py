@@ -104,10 +104,9 @@ assert (empirical - G).norm() > 0.1 * G.norm()
 #
 # .. math:: H_h = W^\top H_z W .
 #
-# **Through the sigmoid.** The chain rule gives
-# :math:`\partial L / \partial a_i = \sigma'(a_i)\, \delta_i`. Differentiate this product with
-# respect to :math:`a_j`. The change of :math:`\delta_i` gives
-# :math:`\sigma'(a_i)\, (H_h)_{ij}\, \sigma'(a_j)`. The change of :math:`\sigma'(a_i)` gives
+# **Through the sigmoid.** The chain rule gives :math:`\partial L / \partial a_i = \sigma'(a_i)\,
+# \delta_i`. Differentiate this product with respect to :math:`a_j`. The change of :math:`\delta_i`
+# gives :math:`\sigma'(a_i)\, (H_h)_{ij}\, \sigma'(a_j)`. The change of :math:`\sigma'(a_i)` gives
 # :math:`r_i = \sigma''(a_i)\, \delta_i`, for :math:`i = j` only:
 #
 # .. math::

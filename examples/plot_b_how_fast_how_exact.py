@@ -60,11 +60,11 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # Let the eigenvalues lie between :math:`\mu_n` and :math:`\mu_1`, with the condition number
 # :math:`\kappa = \mu_1 / \mu_n`. The line :math:`\pi(\mu) = 1 - 2 \mu / (\mu_1 + \mu_n)` is
 # :math:`\pm (\kappa - 1) / (\kappa + 1)` at the two ends, and smaller between. A step of gradient
-# descent of the size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by
-# :math:`I - \eta A`, which is this line. A step of the best size leaves no more. So :math:`k` steps
-# of gradient descent leave at most the :math:`k`-th power of
-# :math:`(\kappa - 1) / (\kappa + 1)`. Of all polynomials of degree :math:`k` that are 1 at zero,
-# Chebyshev's polynomial is the smallest between the two ends. This polynomial gives CG the bound
+# descent of the size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
+# which is this line. A step of the best size leaves no more. So :math:`k` steps of gradient descent
+# leave at most the :math:`k`-th power of :math:`(\kappa - 1) / (\kappa + 1)`. Of all polynomials of
+# degree :math:`k` that are 1 at zero, Chebyshev's polynomial is the smallest between the two ends.
+# This polynomial gives CG the bound
 #
 # .. math::
 #
@@ -72,10 +72,10 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 #    \le 2 \left( \frac{\sqrt{\kappa} - 1}{\sqrt{\kappa} + 1} \right)^k
 #
 # (`Shewchuk (1994) <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__
-# computes the polynomial). For a large :math:`\kappa` the bracket is about
-# :math:`\exp(-2 / \sqrt{\kappa})`. So a factor :math:`\varepsilon` takes about
-# :math:`\tfrac{1}{2} \sqrt{\kappa} \ln(2 / \varepsilon)` steps of CG, and
-# :math:`\tfrac{1}{2} \kappa \ln(1 / \varepsilon)` steps of gradient descent.
+# computes the polynomial). For a large :math:`\kappa` the bracket is about :math:`\exp(-2 /
+# \sqrt{\kappa})`. So a factor :math:`\varepsilon` takes about :math:`\tfrac{1}{2} \sqrt{\kappa}
+# \ln(2 / \varepsilon)` steps of CG, and :math:`\tfrac{1}{2} \kappa \ln(1 / \varepsilon)` steps of
+# gradient descent.
 #
 # Diagonal matrices are enough to try the bound: if the axes rotate, all iterates rotate with the
 # axes, as the next cell checks.
@@ -445,9 +445,9 @@ assert true_residual(A_400, b_400, loose.x) < 1.1e-3
 
 # %%
 # SciPy calls a solution converged, although the solution misses the tolerance by more than a factor
-# of ten. After
-# ``"stagnation"``, solve in float64, or ask for what float32 can give: here a tolerance of 1e-3. A
-# good preconditioner helps, too: the badly scaled matrix above, in float32, ends lower with ``M``.
+# of ten. After ``"stagnation"``, solve in float64, or ask for what float32 can give: here a
+# tolerance of 1e-3. A good preconditioner helps, too: the badly scaled matrix above, in float32,
+# ends lower with ``M``.
 
 A, b, ends = A.float(), b.float(), []
 for name, N in (("without M", None), ("with M", M)):
