@@ -211,8 +211,8 @@ while descent[-1].norm() > 0.01 * start.norm():
 descent = torch.stack(descent)
 newton = start + torch.linalg.solve(C, -(C @ start))  # its gradient is C x
 
-print(f"gradient descent, to 1 % of the distance: {len(descent) - 1} steps")
-print(f"Newton, distance left after one step: {newton.norm():.1e}")
+print("steps to 1 % of the distance:")
+print(f"gradient descent {len(descent) - 1}, Newton 1")
 assert len(descent) - 1 == 47
 assert newton.norm() < 1e-6
 
@@ -319,7 +319,8 @@ def two_outputs(z):
 g2 = grad(two_outputs)(torch.zeros(2))
 C2 = jacrev(grad(two_outputs))(torch.zeros(2))  # the gradient's Jacobian
 u = torch.ones(2)
-print(f"g = {g2.tolist()}, C = {C2.tolist()}")
+print(f"g = {g2.tolist()}")
+print(f"C = {C2.tolist()}")
 print(f"C u = {(C2 @ u).tolist()}, g · u = {g2 @ u:.0f}")
 assert (C2 @ u).norm() == 0 and g2 @ u == 0
 
@@ -481,8 +482,9 @@ print(f"|G u| = {(G @ u).norm():.0e}, |g · u| = {abs(g @ u):.0e}")
 print(f"damped step: |v| = {v.norm():.2f}, |u · v| = {abs(u @ v):.0e}")
 
 few = 5 * 3  # the outputs of 5 images
-rank = torch.linalg.matrix_rank(J[:few].T @ H_L[:few, :few] @ J[:few]).item()
-print(f"rank of the GGN on 5 images of 3 classes: {rank} of {len(G)}")
+G_few = J[:few].T @ H_L[:few, :few] @ J[:few]
+rank = torch.linalg.matrix_rank(G_few).item()
+print(f"5 images of 3 classes: rank {rank} of {len(G)}")
 
 # %%
 
@@ -537,14 +539,14 @@ _ = describe(
 
 
 def blocks_of(matrix):
-    rows = matrix.split(sizes.tolist())
-    return [row.split(sizes.tolist(), dim=1)[i] for i, row in enumerate(rows)]
+    n = sizes.tolist()
+    return [row.split(n, dim=1)[i] for i, row in enumerate(matrix.split(n))]
 
 
 for name, matrix in (("Hessian", H), ("GGN", G)):
     inside = torch.block_diag(*blocks_of(matrix)).norm() / matrix.norm()
     share = inside.item() ** 2
-    print(f"{name}: {share:.0%} of the squared entries lie inside the blocks")
+    print(f"{name}: {share:.0%} inside the blocks")
     assert 0.4 < share < 0.6
     assert (matrix.abs() == matrix.abs().max()).nonzero().min() >= edges[4]
 
@@ -562,8 +564,8 @@ from cgn_tutorial.pages import make_model
 
 model = make_model()
 for n in sum(p.numel() for p in model.parameters()), 10**9:
-    print(f"{n:13,d} parameters: vector {4 * n / 1e9:.2g} GB,", end=" ")
-    print(f"matrix {4 * n**2 / 1e9:.2g} GB")
+    print(f"{n:,} parameters: vector {4 * n / 1e9:.2g} GB,")
+    print(f"    matrix {4 * n**2 / 1e9:.2g} GB")
 
 # %%
 # Nobody stores the second matrix. Yet some solvers only need the **product** of the matrix with a
@@ -596,7 +598,7 @@ Hv = hessian_product(loss, x_init, v)
 Gv = ggn_product(outputs, loss_of_outputs, x_init, v)
 for name, product, dense in (("H v", Hv, H @ v), ("G v", Gv, G @ v)):
     error = ((product - dense).norm() / dense.norm()).item()
-    print(f"{name}: relative difference to the dense product {error:.1e}")
+    print(f"{name}: relative difference {error:.1e}")
     assert error < 1e-12
 
 # %%

@@ -83,7 +83,7 @@ gradient_descent = descend(A, b, steps=10, conjugate=False)
 conjugate = descend(A, b, steps=2, conjugate=True)
 
 missing = (gradient_descent[-1] - solution).norm() / solution.norm()
-print(f"gradient descent: {missing:.0%} of the way left after 10 steps")
+print(f"gradient descent, 10 steps: {missing:.0%} left")
 assert missing > 0.05
 torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 
@@ -234,8 +234,9 @@ def cosines(path, A):
 cosines_gd = cosines(descend(A_12, b_12, n, conjugate=False), A_12)
 cosines_cg = cosines(descend(A_12, b_12, n, conjugate=True), A_12)
 off_diagonal = cosines_cg - torch.eye(n)
-print(f"conjugate directions: largest cosine {off_diagonal.abs().max():.0e}")
-assert off_diagonal.abs().max() < 1e-10
+largest = off_diagonal.abs().max()
+print(f"conjugate steps: largest cosine {largest:.0e}")
+assert largest < 1e-10
 assert cosines_gd[:-2, 2:].diagonal().min() > 0.5
 
 # %%
@@ -330,8 +331,9 @@ def textbook_cg(A, b, steps):
 from cgn_tutorial.pages import make_model
 
 network = sum(p.numel() for p in make_model().parameters())
-print(f"{network:,} parameters: 4 vectors, {4 * 4 * network / 1e6:.2f} MB")
-print(f"1,000,000,000 parameters: 4 vectors, {4 * 4 * 1e9 / 1e9:.0f} GB")
+for n_parameters in network, 10**9:
+    size = 4 * 4 * n_parameters / 1e6  # four vectors of four-byte numbers
+    print(f"{n_parameters:,} parameters: {size:,.2f} MB")
 
 # %%
 # The package's ``cg`` takes the same steps, for a matrix given as a function.
@@ -374,14 +376,13 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 #
 # A network has millions of unknowns, and nobody waits for as many steps. Let
 # :math:`\kappa` be the condition number of :math:`A`, the largest eigenvalue
-# over the smallest. To shrink the error by a factor :math:`\varepsilon`, CG
-# takes at most about
+# over the smallest. To divide the error by 1000, CG takes at most about
 #
-# .. math:: \tfrac{1}{2} \sqrt{\kappa} \ln(2 / \varepsilon)
+# .. math:: \tfrac{1}{2} \sqrt{\kappa} \ln 2000
 #
-# steps; gradient descent may take :math:`\tfrac{1}{2} \kappa \ln(1 /
-# \varepsilon)`. `Page B <plot_b_how_fast_how_exact.html>`__ proves both bounds,
-# and shows when CG is faster than the bound.
+# steps; gradient descent may take :math:`\tfrac{1}{2} \kappa \ln 1000`. `Page B
+# <plot_b_how_fast_how_exact.html>`__ proves both bounds, and shows when CG is
+# faster than the bound.
 #
 # Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie between
 # 0 and :math:`\mu_1`, then damping gives :math:`\kappa \le 1 + \mu_1 /
@@ -650,8 +651,8 @@ for name, result, value in (
     ("stopped", stopped, model_values[last]),
     ("plain CG", plain, model_values[-1]),
 ):
-    print(f"{name} after {result.solve.products} products:", end=" ")
-    print(f"{result.solve.reason}, model {value:.3f}")
+    print(f"{name}, {result.solve.products} products, model {value:.3f}:")
+    print(f"    {result.solve.reason}")
 print(f"loss {loss:.3f}")
 
 # %%

@@ -73,8 +73,8 @@ fisher = torch.einsum("nc,nci,ncj->ij", share, g, g) / len(images)
 true = g[torch.arange(len(images)), labels]
 empirical = true.T @ true / len(images)
 for name, matrix in (("Fisher", fisher), ("empirical Fisher", empirical)):
-    error = (matrix - G).norm() / G.norm()
-    print(f"{name}: relative difference to the GGN {error:.0e}")
+    error = (matrix - G).norm() / G.norm()  # relative, to the GGN
+    print(f"{name}: difference {error:.0e}")
 
 # %%
 
@@ -304,7 +304,7 @@ def backpack_blocks(extension):
 
 for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
     error = difference(backpack_blocks(extension), blocks_of(dense))
-    print(f"BackPACK's {name}: relative difference {error:.1e}")
+    print(f"BackPACK's {name}: difference {error:.1e}")
     assert error < 1e-12
 
 # %%
@@ -315,7 +315,9 @@ for modify in ("abs", "clip"):
     residual = RESIDUALS[f"PCH, {modify}"]
     theirs = backpack_blocks(PCHMP(modify=modify))
     once = curvature_blocks(x_init, residual)
-    twice = curvature_blocks(x_init, lambda s2, d, r=residual: r(s2, d * d))
+    twice = curvature_blocks(
+        x_init, lambda s2, d, residual=residual: residual(s2, d * d)
+    )
     errors = [difference(theirs, blocks) for blocks in (once, twice)]
     print(f"PCH, {modify}: δ once {errors[0]:.1e}, twice {errors[1]:.1e}")
     ggn = [difference(b, blocks_of(G)) for b in (once, twice)]

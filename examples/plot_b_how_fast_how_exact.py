@@ -28,14 +28,14 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 #    :math:`b, A b, \ldots, A^{k-1} b`. Conjugate directions are linearly independent, and their
 #    combinations have :math:`k` dimensions. The combinations of :math:`k` vectors cannot have more.
 #
-# As :math:`b = A x`, the model measures a distance to the solution,
+# As :math:`b = A x`, the model at :math:`x_k` exceeds the model at :math:`x` by
 #
 # .. math::
 #
 #    \begin{aligned}
-#    \phi(x_k) - \phi(x)
-#    &= \tfrac{1}{2} x_k^\top A x_k - x^\top A x_k + \tfrac{1}{2} x^\top A x \\
-#    &= \tfrac{1}{2} e_k^\top A e_k = \tfrac{1}{2} \lVert e_k \rVert_A^2 ,
+#    \tfrac{1}{2} x_k^\top A x_k - x^\top A x_k + \tfrac{1}{2} x^\top A x
+#    &= \tfrac{1}{2} e_k^\top A e_k \\
+#    &= \tfrac{1}{2} \lVert e_k \rVert_A^2 ,
 #    \end{aligned}
 #
 # in the norm :math:`\lVert e \rVert_A = \sqrt{e^\top A e}`, the A-norm. CG minimises the A-norm of
@@ -134,7 +134,8 @@ for kappa, color in ((10, "blue"), (100, "green"), (1000, "orange")):
     axes[0].semilogy(error, **style)
     axes[1].semilogy(residual, **style)
     products[kappa] = (error > 1e-6).sum().item()
-print("products to an error below 1e-6, by κ:", products)
+print("products to an error below 1e-6:")
+print(", ".join(f"κ = {k}: {count}" for k, count in products.items()))
 assert 8 < products[1000] / products[10] < 11
 axes[0].legend()
 for ax, name in zip(axes, ("error (A-norm)", "residual"), strict=True):
@@ -213,9 +214,9 @@ for name, error in curves.items():
     print(f"{name:13s}: {(error > 1e-6).sum():2d} products to 1e-6")
 
 omega = (1 - clustered[:, None] / clusters).prod(1).abs().max()
-left = [f"{part:.1g}" for part in curves["in clusters"][:13:3]]
-print(f"ω = {omega:.2f}")
-print(f"left after 0, 3, 6, 9, 12 steps: {', '.join(left)}")
+left = [f"{part:.1g}" for part in curves["in clusters"][3:13:3]]
+print(f"ω = {omega:.2f}, left after 3, 6, 9, 12 steps:")
+print(", ".join(left))
 
 # %%
 
@@ -266,10 +267,10 @@ _ = describe(
 # Unknowns with different units raise the condition number. A preconditioner ``M`` undoes the units:
 # ``M`` is a cheap, symmetric positive definite approximation of :math:`A^{-1}`. The algorithm
 # builds directions from :math:`z = M r` instead of :math:`r`, and replaces :math:`r^\top r` by
-# :math:`r^\top z`. With :math:`M = E^{-2}` and a diagonal matrix :math:`E`, the algorithm solves
-# for the rescaled unknowns :math:`y = E x`:
+# :math:`r^\top z`. With :math:`M = E^{-2}` and a diagonal matrix :math:`E`, the algorithm solves for
+# the rescaled unknowns :math:`E x`:
 #
-# .. math:: (E^{-1} A E^{-1})\, y = E^{-1} b .
+# .. math:: (E^{-1} A E^{-1})\, (E x) = E^{-1} b .
 #
 # .. fold:: Why is this the same?
 #
@@ -367,8 +368,8 @@ for dtype, color in ((torch.float32, "orange"), (torch.float64, "blue")):
     ax.semilogy(carried, "--", c=COLORS[color], label=f"{name}, recurrence")
     ax.semilogy(true, c=COLORS[color], label=f"{name}, b − A x")
     best = true.min() / torch.finfo(dtype).eps
-    print(f"{name}: {true[60]:.0e} after 60 products,", end=" ")
-    print(f"at best {best:.0f} times the precision")
+    print(f"{name}: {true[60]:.0e} after 60 products,")
+    print(f"    at best {best:.0f} times the precision")
     assert true[60] > 1e-4 and true.max() > 1.5 and best > 1
     assert carried[-1] < 0.1 * true[-1]
     assert (carried / true - 1)[true > 0.01].abs().max() < 0.01
@@ -484,7 +485,8 @@ def product(v):
     return damped(torch.from_numpy(v)).detach().numpy()
 
 
-operator = linalg.LinearOperator((len(g), len(g)), product, dtype=np.float64)
+shape = (len(g), len(g))
+operator = linalg.LinearOperator(shape, product, dtype=np.float64)
 theirs = []
 linalg.cg(
     operator,
@@ -495,7 +497,7 @@ linalg.cg(
 result, ours = solve(damped, -g, tol=1e-3)
 theirs = torch.tensor(np.array(theirs))
 difference = (theirs - ours[1:]).norm() / theirs.norm()
-print(f"{len(theirs)} iterates each, relative difference {difference:.0e}")
+print(f"{len(theirs)} iterates each, difference {difference:.0e}")
 assert len(theirs) == result.solve.products and difference < 1e-10
 
 # %%
@@ -512,7 +514,7 @@ limited = cg(eigenvalues.mul, b, maxiter=60)
 unlimited = cg(eigenvalues.mul, b)
 print(f"{unlimited.solve.products} products for {b.numel()} unknowns")
 highest = max(limited.solve.residuals) / b.norm()
-print(f"the residual is at most {highest:.1f} times its start")
+print(f"largest residual: {highest:.1f} times the first")
 
 # %%
 
