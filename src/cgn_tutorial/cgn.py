@@ -218,8 +218,13 @@ def cg(
     return CGResult(x.to(narrow), solve)
 
 
-def _steps(A: Matvec, M: Matvec, x: Tensor, r: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The steps of conjugate gradients from x, with the residual r, one product each."""
+def _steps(
+    A: Matvec,
+    M: Matvec,
+    x: Tensor,
+    r: Tensor,
+) -> Iterator[tuple[Tensor, ...]]:
+    """The steps of CG from x, with the residual r, one product each."""
     z = M(r)
     p, rz = z, _dot(r, z)
     while True:
