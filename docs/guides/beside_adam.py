@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cgn_tutorial import GGN, CGNOptimizer, layers
 from cgn_tutorial.pages import make_model, mnist_loader
@@ -17,6 +18,7 @@ newton = CGNOptimizer(
     [*linear_1, *linear_2], curvature, lr=0.15, damping=3e-3, maxiter=5, max_length=0.2
 )
 adam = torch.optim.Adam([p for layer in first for p in layer], lr=1e-2)
+average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
 
 for _, (inputs, targets) in loader:
     model.zero_grad()
@@ -25,5 +27,6 @@ for _, (inputs, targets) in loader:
     curvature.backward(loss, outputs)  # leaves the gradient on all parameters
     newton.step()
     adam.step()
+    average.update_parameters(model)
     losses.append(loss.item())
 # The end
