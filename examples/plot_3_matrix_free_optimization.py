@@ -15,8 +15,8 @@ A step moves the parameters :math:`x` to :math:`x + \gamma v`. The Newton step
    (C + \lambda I)\, v = -g ,
 
 with the gradient :math:`g`, a curvature matrix :math:`C` and the damping
-:math:`\lambda` (`page 1 <plot_1_newton_step.html>`__ derives the system), by
-conjugate gradients (CG, `page 2 <plot_2_conjugate_gradients.html>`__).
+:math:`\lambda` (`page 1 <plot_1_newton_step.html>`__). Conjugate gradients (CG,
+`page 2 <plot_2_conjugate_gradients.html>`__) solve this system.
 
 Optimizer, experiment and published figures are those of BackPACK's example
 `Matrix-free second-order optimization
@@ -274,7 +274,7 @@ assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
 # For each layer's weight: the gradient's length, the largest eigenvalue of the
-# GGN's block, the length of the step, and its cosine with :math:`-g`.
+# GGN's block, the length of the step, and the cosine of step and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.

@@ -93,6 +93,13 @@ def test_newton_steps_train_beside_adams():
     assert len(found["adam"].state) == 4
 
 
+def test_the_recipe_trains_the_linear_layers_by_newton_steps_and_averages():
+    for seed in SEEDS:
+        plain, averaged = load("images_recipe")(seed=seed)
+        assert plain < 0.5
+        assert averaged < 0.6
+
+
 # The symptoms.
 
 fit = runpy.run_path(str(GUIDES / "symptoms.py"))["fit"]
