@@ -454,11 +454,11 @@ def first_steps(damping):
 
 
 ratio = [first_steps(lam) for lam in dampings]
-print("damping  late loss  products  ‖v‖/‖g‖ of " + ", ".join(LAYERS))
+print("damping   loss  products   ‖v‖/‖g‖ of the four layers")
 for lam, history, row in zip(dampings, by_damping, ratio, strict=True):
     late_loss, total = sum(history.loss[-10:]) / 10, sum(history.products)
-    print(f"{lam:7g}  {late_loss:9.2f}  {total:8d}", end="  ")
-    print("".join(f"{number:9.1f}" for number in row))
+    print(f"{lam:7g}  {late_loss:5.2f}  {total:8d}", end="  ")
+    print("".join(f"{number:8.1f}" for number in row))
 
 # %%
 
