@@ -259,12 +259,12 @@ assert gap == 0 if device.type == "cpu" else gap < 2e-3
 # What the step does in each layer
 # --------------------------------
 #
-# If a parameter's effect on the outputs shrinks by a factor :math:`s`, its
-# gradient shrinks by :math:`s` and its curvature by :math:`s^2`: the step
-# :math:`g / C` grows. Damping ends this growth: once the curvature is below
-# :math:`\lambda`, the step is close to :math:`g / \lambda`.
+# If a parameter's effect on the outputs shrinks tenfold, its gradient shrinks
+# tenfold and its curvature a hundredfold: the step :math:`g / C` grows tenfold.
+# Damping ends this growth: once the curvature is below :math:`\lambda`, the step
+# is close to :math:`g / \lambda`.
 
-# Check this for two parameters, the second of which is shrunk.
+# Check this for shrinking by all factors down to a thousandth.
 s = torch.logspace(-3, 0, 100)
 g, C = s, s**2
 assert torch.allclose(g / C, 1 / s)
