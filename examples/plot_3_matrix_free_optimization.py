@@ -15,8 +15,8 @@ A step moves the parameters :math:`x` to :math:`x + \gamma v`. The Newton step
    (C + \lambda I)\, v = -g ,
 
 with the gradient :math:`g`, a curvature matrix :math:`C` and the damping
-:math:`\lambda` (`page 1 <plot_1_newton_step.html>`__ derives the system), by
-conjugate gradients (CG, `page 2 <plot_2_conjugate_gradients.html>`__).
+:math:`\lambda` (`page 1 <plot_1_newton_step.html>`__). Conjugate gradients (CG,
+`page 2 <plot_2_conjugate_gradients.html>`__) solve this system.
 
 Optimizer, experiment and published figures are those of BackPACK's example
 `Matrix-free second-order optimization
@@ -259,12 +259,12 @@ assert gap == 0 if device.type == "cpu" else gap < 2e-3
 # What the step does in each layer
 # --------------------------------
 #
-# If a parameter's effect on the outputs shrinks by a factor :math:`s`, its
-# gradient shrinks by :math:`s` and its curvature by :math:`s^2`: the step
-# :math:`g / C` grows. Damping ends this growth: once the curvature is below
-# :math:`\lambda`, the step is close to :math:`g / \lambda`.
+# If a parameter's effect on the outputs shrinks tenfold, its gradient shrinks
+# tenfold and its curvature a hundredfold: the step :math:`g / C` grows tenfold.
+# Damping ends this growth: once the curvature is below :math:`\lambda`, the step
+# is close to :math:`g / \lambda`.
 
-# Check this for two parameters, the second of which is shrunk.
+# Check this for shrinking by all factors down to a thousandth.
 s = torch.logspace(-3, 0, 100)
 g, C = s, s**2
 assert torch.allclose(g / C, 1 / s)
@@ -274,7 +274,7 @@ assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
 # For each layer's weight: the gradient's length, the largest eigenvalue of the
-# GGN's block, the length of the step, and its cosine with :math:`-g`.
+# GGN's block, the length of the step, and the cosine of step and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.
@@ -454,11 +454,11 @@ def first_steps(damping):
 
 
 ratio = [first_steps(lam) for lam in dampings]
-print("damping  late loss  products  ‖v‖/‖g‖ of " + ", ".join(LAYERS))
+print("damping   loss  products   ‖v‖/‖g‖ of the four layers")
 for lam, history, row in zip(dampings, by_damping, ratio, strict=True):
     late_loss, total = sum(history.loss[-10:]) / 10, sum(history.products)
-    print(f"{lam:7g}  {late_loss:9.2f}  {total:8d}", end="  ")
-    print("".join(f"{number:9.1f}" for number in row))
+    print(f"{lam:7g}  {late_loss:5.2f}  {total:8d}", end="  ")
+    print("".join(f"{number:8.1f}" for number in row))
 
 # %%
 

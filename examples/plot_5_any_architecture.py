@@ -483,7 +483,7 @@ def report(label, runs):
     steps, products = len(runs[0][0]), sum(sum(run[1]) for run in runs) / 3
     seconds = sum(sum(run[2]) for run in runs) / 3
     print(f"{label:9} {steps:3d} steps {products:5.0f} products ", end="")
-    print(f"{seconds:5.1f} s   late losses", *[f"{loss:.2f}" for loss in late])
+    print(f"{seconds:5.1f} s  late", *[f"{loss:.2f}" for loss in late])
     return late
 
 
