@@ -267,8 +267,8 @@ _ = describe(
 # Unknowns with different units raise the condition number. A preconditioner ``M`` undoes the units:
 # ``M`` is a cheap, symmetric positive definite approximation of :math:`A^{-1}`. The algorithm
 # builds directions from :math:`z = M r` instead of :math:`r`, and replaces :math:`r^\top r` by
-# :math:`r^\top z`. With :math:`M = E^{-2}` and a diagonal matrix :math:`E`, the algorithm solves for
-# the rescaled unknowns :math:`E x`:
+# :math:`r^\top z`. With :math:`M = E^{-2}` and a diagonal matrix :math:`E`, the algorithm solves
+# for the rescaled unknowns :math:`E x`:
 #
 # .. math:: (E^{-1} A E^{-1})\, (E x) = E^{-1} b .
 #
