@@ -13,7 +13,7 @@ This page builds the formula from one dimension up. What do the gradient :math:`
 :math:`C`, the damping :math:`\lambda` and the step size :math:`\gamma` do? Which matrix is
 :math:`C` for a neural network? How can a solver use a matrix that no memory holds?
 
-*About 25 minutes to read, a quarter of a minute to run.* In a hurry? `The tutorial in 20 minutes
+*About 25 minutes to read, and one to run.* In a hurry? `The tutorial in 20 minutes
 <index.html#way-through>`__. To run this page, ``pip install`` the package as the `front page
 <../index.html#run-it-yourself>`__ says.
 """

@@ -17,7 +17,7 @@ explanation is Shewchuk's `An Introduction to the Conjugate Gradient Method
 Without the Agonizing Pain (1994)
 <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__.
 
-*About 25 minutes to read, half a minute to run.* To run this page, ``pip install`` the
+*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
@@ -73,7 +73,7 @@ def descend(A, b, steps, conjugate):
 #
 # .. math:: \beta = -\frac{r^\top A p}{p^\top A p}.
 #
-# How much does :math:`\beta` change for two unknowns?
+# What does :math:`\beta` change for two unknowns?
 
 A = torch.tensor([[2.0, -1.8], [-1.8, 2.5]]).double()
 b = torch.tensor([0.9, -0.1]).double()
@@ -275,7 +275,7 @@ _ = describe(
 # - **One earlier direction is enough.** If :math:`p_{k+1}` is conjugate to
 #   :math:`p_k`, then :math:`p_{k+1}` is conjugate to all earlier directions.
 #
-# With these, both lengths need only the residuals and one product:
+# Then :math:`\alpha_k` and :math:`\beta_k` need only residuals and one product:
 #
 # .. math::
 #
