@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,11 +232,10 @@ class Training:
 ADAPTIVE = {"lr": 1.0, "damping": 1.0, "maxiter": 5}
 OPTIONS = {"warm_start": 0.9, "max_length": 0.3, "weight_decay": 0.01, "maxiter": 4}
 CASES = [
-    *(
-        Case(*values)
-        for values in product(
-            ("BackPACK", "layer", "network"), (True, False), (torch.float64, torch.float32)
-        )
+    *(  # each product with and without replicas, and in each dtype
+        Case(products, replicated, dtype)
+        for products in ("BackPACK", "layer", "network")
+        for replicated, dtype in ((True, torch.float64), (False, torch.float32))
     ),
     *(Case(products, uneven=True) for products in ("BackPACK", "layer")),
     Case(options=tuple(OPTIONS.items())),
@@ -246,9 +244,9 @@ CASES = [
 ]
 
 
-# All with two processes, and some with four, which take turns on the cores of a small machine.
+# All with two processes, and some with one, or with four, which take turns on a small machine.
 WAYS = [(case, 2) for case in CASES]
-WAYS += [(case, 1) for case in CASES if not case.uneven]
+WAYS += [(case, 1) for case in CASES if case.replicated or (case.options and not case.uneven)]
 WAYS += [
     (Case("BackPACK", replicated=True), 4),
     (Case("layer", dtype=torch.float32), 4),
