@@ -70,8 +70,15 @@ async () => {
 }
 """
 
-#: What can differ between the themes, on a screen of any width.
+#: What can differ between the themes, and not with the width of the screen.
 RULES_ABOUT_COLOUR = ["color-contrast", "link-in-text-block"]
+NO_COLOUR = {"rules": {rule: {"enabled": False} for rule in RULES_ABOUT_COLOUR}}
+#: What axe looks for, at which width and in which theme.
+LOOKS = [
+    (WIDTHS[1], "light", NO_COLOUR),
+    (WIDTHS[0], "light", {}),
+    (WIDTHS[0], "dark", {"runOnly": RULES_ABOUT_COLOUR}),
+]
 
 #: Of what is alike, axe looks at a few, or it takes minutes: the contrast of a token depends on its
 #: class alone, that of a formula is the text's, and rows without links are like a table's first.
@@ -171,12 +178,9 @@ def test_page_from_a_file(path, visit, tally):
 @written_pages
 def test_page_is_accessible(opened, tally):
     opened.evaluate(THIN_OUT)
-    for width, theme in ((WIDTHS[1], "light"), (WIDTHS[0], "light"), (WIDTHS[0], "dark")):
+    for width, theme, rules in LOOKS:
         show(opened, width, theme)
-        options = {"resultTypes": ["violations"], "preload": False}
-        if theme == "dark":
-            options["runOnly"] = RULES_ABOUT_COLOUR
-        found = Axe().run(opened, options=options)
+        found = Axe().run(opened, options={"resultTypes": ["violations"], "preload": False} | rules)
         assert [
             (violation["id"], [node["html"] for node in violation["nodes"]])
             for violation in found.response["violations"]
