@@ -41,7 +41,13 @@ INPUTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=to
 TARGETS = torch.arange(24) % 4
 UNEVEN = {2: [15, 9], 4: [7, 6, 10, 1]}
 
-# Processes.
+# Processes. On most systems a server imports what takes seconds once, and each process is a copy of
+# the server. The server computes nothing: a process that has used torch cannot be copied safely.
+
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+CONTEXT: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+if FORKS:
+    CONTEXT.set_forkserver_preload(["backpack.extensions", "cgn_tutorial.pages.train_parallel"])
 
 
 def run(
@@ -54,9 +60,8 @@ def run(
     lost: int | None = None,
 ) -> list[Any]:
     """What the function returned in each process; all but a lost one end by themselves, in time."""
-    context = multiprocessing.get_context("spawn")
     arguments = function, processes, str(folder), timeout
-    started = [context.Process(target=_process, args=(i, *arguments)) for i in range(processes)]
+    started = [CONTEXT.Process(target=_process, args=(i, *arguments)) for i in range(processes)]
     end = time.monotonic() + seconds
     try:
         for process in started:
