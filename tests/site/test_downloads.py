@@ -32,7 +32,7 @@ SCRIPTS = sorted(SITE.glob("_downloads/*/plot_*.py"), key=lambda path: path.name
 NOTEBOOKS = sorted(SITE.glob("_downloads/*/plot_*.ipynb"), key=lambda path: path.name)
 FILES = ["cgn.py", "curvature.py", "pages/train_parallel.py"]
 QUICK = [path for path in NOTEBOOKS if re.match(r"plot_[16]_", path.name)]  # 6 starts processes
-(SCRIPT,) = (path for path in SCRIPTS if path.name.startswith("plot_1_"))
+(SCRIPT,) = (path for path in SCRIPTS if path.name.startswith("plot_2_"))
 VERSION = runpy.run_path(str(ROOT / "src" / "version.py"))["VERSION"]
 WHEEL = SITE / f"cgn_tutorial-{VERSION}-py3-none-any.whl"
 pages = functools.partial(pytest.mark.parametrize, ids=lambda path: path.name)
