@@ -87,10 +87,12 @@ def two_decimals(number):
 DEVICES = {"mouse": {}, "touch": {"viewport": {"width": 375, "height": 800}, "has_touch": True}}
 devices = pytest.mark.parametrize("device", DEVICES)
 
+#: Remember where the sliders are at first, and put back those that have moved.
 RESET = """
     (box) => {
       for (const input of box.querySelectorAll("input")) {
         input.dataset.first ??= input.value;
+        if (input.value === input.dataset.first) continue;
         input.value = input.dataset.first;
         input.dispatchEvent(new Event("input"));
       }
