@@ -111,9 +111,10 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def experiments(session: nox.Session) -> None:
-    """Race the optimizers of page 4 in full, and write docs/experiments, which the site shows."""
+    """Race in full for pages 4 and 7: write docs/experiments and docs/least_squares."""
     install(session)
     session.run("python", "tests/benchmarks/experiments.py", *session.posargs)
+    session.run("python", "tests/benchmarks/least_squares.py", *session.posargs)
 
 
 @nox.session

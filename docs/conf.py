@@ -28,6 +28,8 @@ extensions = [
     "gallery",
     "head",
     "mathml",
+    "proofs",
+    "stacked_tables",
     "themed_image",
 ]
 exclude_patterns = ["_build", "auto_examples/*.ipynb", "sg_execution_times.rst"]
@@ -52,6 +54,9 @@ napoleon_custom_sections = [("Source", "notes_style")]
 
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_selector = "div:not(.sphx-glr-script-out) > div.highlight > pre, pre.literal-block"
+
+# The repository's address, which a workflow knows; where nobody tells it, the site says nothing.
+repository = os.environ.get("REPOSITORY_URL", "").rstrip("/")
 
 # A notebook's first cell, with the address of the wheel, or its file's name where there is none.
 site = os.environ.get("SITE_URL", "").rstrip("/")
@@ -109,7 +114,12 @@ html_sidebars: dict[str, list[str]] = {
 rst_epilog = f"""
 .. |wheel| replace:: {html_baseurl}{wheel}
 .. _wheel: {wheel}
+.. |the-wheel| replace:: {html_baseurl}{wheel}
+.. _the-wheel: ../{wheel}
+.. _repository: {repository or "index.html"}
 """
+if repository:
+    tags.add("repository")  # type: ignore[name-defined]  # noqa: F821, Sphinx defines it
 html_domain_indices = False  # an index of two modules
 html_copy_source = False
 html_show_sourcelink = False
@@ -126,6 +136,11 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
+    "icon_links": [
+        {"name": "Repository", "url": repository, "icon": "fa-solid fa-code-branch"},
+    ]
+    if repository
+    else [],
 }
 
 linkcheck_ignore = ["(?!https?:)"]  # links within the site are followed by `nox -s site`

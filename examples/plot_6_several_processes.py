@@ -2,22 +2,19 @@ r"""
 6. Several processes, one Newton step
 =====================================
 
-What if a batch is too large for one device, or too slow on it? Several
-processes share it, each with a copy of the network. Gradients are then
-averaged, as every data-parallel training does. A Newton step
+What if a batch is too large for one device, or too slow? Several processes share
+the batch, each with a copy of the network, and average their gradients. A Newton
+step
 
 .. math::
 
    (C + \lambda I)\, v = -g
 
-needs more: the curvature :math:`C` of the whole batch, too, of which each
-process knows a part. This page finds out which pieces of a step have to be
-exchanged and which have not, trains in two processes, and gives a script for
-your own machines.
+also needs the curvature :math:`C` of the whole batch, and each process knows a
+part of it. This page finds out what has to be exchanged, trains in two processes,
+and gives a script for your own machines.
 
-To run this page yourself, download it from its end, and install its package:
-``pip install`` and the address that stands on the site's `front page
-<../index.html#run-it-yourself>`__.
+*About 10 minutes to read, and one to run.*
 """
 
 # %%
@@ -25,8 +22,7 @@ To run this page yourself, download it from its end, and install its package:
 # -----------------------
 #
 # The loss of a batch of :math:`N` samples is a mean. Process :math:`i` of
-# :math:`P` has :math:`n_i` of them, and computes the mean :math:`L_i` over its
-# own, so that
+# :math:`P` has :math:`n_i` samples, and computes the mean :math:`L_i` over them:
 #
 # .. math::
 #
@@ -37,14 +33,12 @@ To run this page yourself, download it from its end, and install its package:
 #    C p = \sum_i \frac{n_i}{N}\, C_i\, p.
 #    \end{aligned}
 #
-# What is linear in the loss is a weighted mean as well: the gradient, the
-# Hessian, and its product with any direction :math:`p`. So is that of the
-# `generalized Gauss-Newton matrix
-# <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN), since
-# :math:`J^\top H_L J` is a sum with one term per sample. With 64 images
-# in four shards of equal size, the weights are 1/4. The network is a small one,
-# with room for a layer in its middle:
+# What is linear in the loss is a weighted mean as well: the gradient, and the
+# product of the Hessian with any direction :math:`p`. The `generalized
+# Gauss-Newton matrix <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN)
+# is a sum over samples, too. Try four equal shards of 64 images:
 
+# Split 64 images, and make a small network with room for a layer.
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -71,9 +65,6 @@ def difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# %%
-
-
 def with_layer(layer):
     torch.manual_seed(0)
     first, last = nn.Linear(784, 20), nn.Linear(20, 10)
@@ -81,8 +72,10 @@ def with_layer(layer):
     return nn.Sequential(*modules).double()
 
 
+# %%
+
 model = with_layer(nn.Identity())
-g, product = curvature_of(model, images, labels)
+whole = g, product = curvature_of(model, images, labels)
 p = torch.randn_like(g)
 parts = [curvature_of(model, *shard) for shard in shards]
 
@@ -94,9 +87,8 @@ assert difference(mean_g, g) < 1e-12
 assert difference(averaged, product(p)) < 1e-12
 
 # %%
-# The step itself is no such mean: it is not linear in the curvature. Let each
-# process solve with a curvature of its own and the gradient of all, and average
-# what comes out. That is another step:
+# The step is no such mean: it is not linear in the curvature. If each process
+# solves with its own curvature, the mean is another step:
 
 from cgn_tutorial import cg
 
@@ -117,12 +109,12 @@ assert difference(mean_v, v) > 0.05
 # What breaks the mean
 # --------------------
 #
-# The loss has to be a sum of one term per sample, and the same function in
-# every process. Three habits are at odds with that. **BatchNorm** in train mode
-# normalises by the mean and the variance of its own shard. **Dropout** draws
-# masks of its own in every process, so that each has another network. And a
-# **sum** over the samples in place of a mean is averaged to a :math:`P`-th of
-# what it is on the whole batch.
+# The loss has to be a mean over samples, and the same function in every process.
+# **BatchNorm** in train mode normalises by its own shard. **Dropout** draws other
+# masks in every process. A **sum** over the samples, averaged over :math:`P`
+# processes, is a :math:`P`-th of the whole sum.
+
+# Compare averaged products with those of the whole batch.
 
 
 def summed(z, targets):
@@ -149,12 +141,11 @@ for label, (layer, loss_function) in CASES.items():
     print(f"{label:15}: relative difference {gaps[label]:.0e}")
 
 # %%
-# The last is a matter of scale: three quarters are missing, of the gradient and
-# of the curvature alike. But :math:`\lambda` is not scaled with them, so the step
-# is another one. With the first two, the processes still agree on one step. But
-# each part of the batch has statistics, or masks, of its own, so that it is not
-# the step that one process would take with the whole batch.
+# With a sum, three quarters of the gradient and of the curvature are missing, but
+# :math:`\lambda` is whole. With BatchNorm or dropout, the processes agree on a
+# step, but not on the step of one process with the whole batch.
 
+# Check the differences.
 assert gaps["nothing special"] < 1e-12
 assert min(gaps["BatchNorm"], gaps["dropout"]) > 1e-3
 assert abs(gaps["a sum"] - 3 / 4) < 1e-12
@@ -163,17 +154,14 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 # What lies on the parameters
 # ---------------------------
 #
-# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data
-# enter through :math:`g` and through the products alone. So the processes
-# average these, and each process does all the rest for itself: inner products,
-# step lengths and the stopping test are the same in all processes, to the last
-# bit, if all start from the same numbers.
+# In `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), the data enter
+# through :math:`g` and the products alone. The processes average these, and each
+# process does the rest for itself, with the same numbers to the last bit.
 #
-# The optimizer takes gradients and products from the parameters, where the
-# backward pass has left them. ``whole_batch`` replaces what lies there by
-# averages, between the backward pass and ``step()``. Nothing else changes. This
-# is the method that averages, by one message, an all-reduce. The attribute
-# ``weight`` is :math:`n_i / N`:
+# The optimizer finds gradients and products on the parameters. ``whole_batch``
+# replaces both by averages, between the backward pass and ``step()``. This method
+# averages, by one message, an all-reduce. The attribute ``weight`` is
+# :math:`n_i / N`:
 
 import inspect
 from textwrap import dedent
@@ -184,30 +172,26 @@ print(dedent(inspect.getsource(Share.mean)))
 
 # %%
 # For a product, ``compute`` is the product of this process, and ``like`` the
-# vector. If a process fails, the other processes still wait for its answer. So a
-# process that fails sends NaN, and NaN makes every process raise.
+# vector. A process that fails sends NaN, and NaN makes every process raise.
 #
-# ``whole_batch`` takes the optimizer, and the number of samples that this
-# process has. The network is wrapped as always. This is the script's training
-# loop:
+# ``whole_batch`` takes the optimizer, and the number of samples of this process.
+# The network is wrapped as always:
 
 from cgn_tutorial.pages import train_parallel
 
 print(inspect.getsource(train_parallel.train))
 
 # %%
-# With BackPACK's products, wrap the extended network,
-# ``DistributedDataParallel(extend(model))``, and not the other way round.
-# Without a wrapper, ``whole_batch`` averages the gradients, too. Then the shards
-# may also differ in size.
+# With BackPACK's products, wrap the extended network:
+# ``DistributedDataParallel(extend(model))``. Without a wrapper, ``whole_batch``
+# averages the gradients, too, and the shards may differ in size.
 #
 # Two processes, for real
 # -----------------------
 #
-# ``torchrun`` starts the script as often as it is told to, and tells the
-# processes of each other. From Python, that is a module to run. (The address
-# keeps it from asking for the name of this machine.)
+# ``torchrun`` starts the script once per process:
 
+# Start torchrun, and read the losses.
 import json
 import os
 import subprocess
@@ -236,14 +220,16 @@ def losses_of(processes):
         return json.loads(losses.read_text())
 
 
+# %%
+
 two = losses_of(2)
 print(" ".join(f"{loss:.3f}" for loss in two[::4]))
 
 # %%
-# And one process, on the same batches. It trains once more with the images of
-# each batch in another order, which changes nothing but the order in which they
-# are added up.
+# One process trains on the same batches, and once more with the images of each
+# batch in another order.
 
+# Train in one process.
 from cgn_tutorial import CGNOptimizer, layers
 from cgn_tutorial.pages import make_model
 
@@ -278,7 +264,7 @@ from matplotlib import pyplot as plt
 
 from cgn_tutorial.pages.plotting import COLORS, describe
 
-figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+figure, axes = plt.subplots(figsize=(5, 2.8), layout="constrained")
 axes.plot(one, color=COLORS["orange"], lw=4, label="one process")
 axes.plot(two, color=COLORS["blue"], lw=1.5, ls="--", label="two processes")
 axes.set(xlabel="step", ylabel="loss of the whole batch")
@@ -294,6 +280,7 @@ _ = describe(
 # %%
 
 
+# Compare the losses.
 def largest(losses):
     """The largest difference from one process."""
     return max(abs(a - b) for a, b in zip(losses, one, strict=True))
@@ -307,21 +294,20 @@ assert largest(two) < 0.005
 assert two[-1] < 1
 
 # %%
-# The curves lie on each other. What differs is rounding: in single precision,
-# sums depend on their order, and training amplifies that, as the last line
-# shows, where nothing but the order was changed.
+# The curves lie on each other. The last line shows rounding alone: in single
+# precision, sums depend on their order, and training amplifies the difference.
 #
 # On your own machines
 # --------------------
 #
-# The script is `train_parallel.py <../train_parallel.py>`__. On one machine, with
-# as many processes as it has GPUs:
+# The script is `train_parallel.py <../train_parallel.py>`__. On one machine with
+# two GPUs:
 #
 # .. code-block:: bash
 #
 #    torchrun --standalone --nproc-per-node 2 train_parallel.py
 #
-# And on four, with eight GPUs each, the same command on all of them:
+# On each of four machines with eight GPUs, one of which is ``node0``:
 #
 # .. code-block:: bash
 #
@@ -330,22 +316,17 @@ assert two[-1] < 1
 #        --rdzv-backend c10d --rdzv-endpoint node0:29500 --max-restarts 3 \
 #        train_parallel.py --checkpoint /shared/checkpoint.pt
 #
-# There ``node0`` is one of the four. If a process dies, the others raise an
-# error instead of waiting for it. Then ``torchrun`` starts all of them again, and
-# they go on from the checkpoint, to the same result. (The first line keeps the
-# new processes from looking for each other where the old ones were.)
-#
-# ``whole_batch`` compares the options and the parameters of all processes. One
-# that has drifted away, for instance from another seed or without the checkpoint,
-# makes all of them raise.
+# If a process dies, the other processes raise an error, and ``torchrun`` starts all
+# of them again from the checkpoint. (The first line keeps the new processes from
+# looking for each other at the old addresses.) If options or parameters of the
+# processes differ, ``whole_batch`` makes all processes raise.
 #
 # How many processes?
 # -------------------
 #
-# Each product costs a message, and a message takes time however small the share
-# of the batch becomes. With :math:`k` all-reduces in a step, each in
-# :math:`2 (P - 1)` rounds of a latency :math:`\alpha`, and with :math:`T` for the
-# work that is shared, a step takes about
+# Each product costs a message. With :math:`k` all-reduces in a step, each in
+# :math:`2 (P - 1)` rounds of a latency :math:`\alpha`, and with :math:`T` seconds of
+# work to share, a step takes about
 #
 # .. math::
 #
@@ -353,36 +334,68 @@ assert two[-1] < 1
 #    \quad
 #    P^* = \sqrt{\frac{T}{2\, k\, \alpha}}
 #
-# seconds: the least at :math:`P^*`. With 40 products, half a second of work and
-# 50 microseconds of latency:
+# seconds: the least at :math:`P^*`. With 40 products and a latency of 50
+# microseconds:
 
-T, k, alpha = 0.5, 40, 50e-6
-best = (T / (2 * k * alpha)) ** 0.5
-print(f"the best number of processes: {best:.0f}")
+# Draw the speed-up for two amounts of work.
+k, alpha = 40, 50e-6
+figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+processes = torch.arange(1, 65)
+axes.plot(processes, processes, ":", color=COLORS["gray"])
+axes.text(17, 22, "no messages", color=COLORS["gray"], ha="right")
+for T, color, line in ((0.5, "blue", "-"), (5.0, "orange", "--")):
+    seconds = T / processes + 2 * k * alpha * (processes - 1)
+    faster = T / seconds
+    best = int(faster.argmax())
+    axes.plot(processes, faster, line, color=COLORS[color])
+    axes.plot(processes[best], faster[best], "o", color=COLORS[color])
+    words = f"{T:g} s of work"
+    axes.text(processes[best], faster[best] + 1, words, color=COLORS[color])
+    print(
+        f"{T:g} s of work: fastest with {processes[best]} processes, ", end=""
+    )
+    print(f"{faster[best]:.1f} times as fast as with one")
+    assert abs(processes[best] - (T / (2 * k * alpha)) ** 0.5) < 1
+axes.set(xlabel="processes", ylabel="times as fast", ylim=(0, 26))
+_ = describe(
+    figure,
+    "How many times as fast a step is, over the number of processes, by the"
+    " formula. With half a second of work, the speed-up is greatest at 11"
+    " processes, and falls from there on. With five seconds, the greatest is at"
+    " 35 processes. Without messages, the speed-up is the number of processes.",
+)
 
 # %%
-# Ten times the work would pay for three times the processes. The `benchmarks
+# Ten times the work pays for three times the processes. The `benchmarks
 # <../benchmarks.html#several-processes>`__ have measured times and bytes, and the
 # formula with the bandwidth.
 #
 # Check yourself
 # --------------
 #
-# .. fold:: Four processes have 100, 100, 100 and 20 samples. With which weight does the
-#     last one count in a product?
+# .. fold:: Four processes have 100, 100, 100 and 20 samples. Which weight does the
+#     last process have in a product?
 #
-#    With 20/320, a sixteenth.
+#    20/320, a sixteenth.
 #
 # .. fold:: Why is it not enough to average the steps of all processes?
 #
 #    A step is not linear in the curvature: the mean of solutions is not the
 #    solution for the mean matrix.
 #
-# .. fold:: Two seconds of work, 40 products, 50 microseconds of latency: how many
-#     processes give the shortest step?
+# .. fold:: Change the code: double the damping ``LAM``, and average the steps of the
+#     four shards again. Is the mean closer to the step of the whole batch?
 #
-#    :math:`\sqrt{2 / (2 \cdot 40 \cdot 5 \cdot 10^{-5})} \approx 22`.
+#    Yes: the larger the damping, the less the curvature counts, and :math:`-g /
+#    \lambda` is the same in all processes.
 
-# Check the answers that are numbers.
+# Check the answers.
 assert 20 / 320 == 1 / 16
-assert round((2 / (2 * 40 * 50e-6)) ** 0.5) == 22
+before, LAM = difference(mean_v, v), 2 * LAM
+g, product = whole
+v = step_of(product, g)
+mean_v = sum(step_of(product_i, g) for _, product_i in parts) / 4
+print(
+    f"{before:.2f} before, {difference(mean_v, v):.2f} with twice the damping"
+)
+assert difference(mean_v, v) < before

@@ -1,8 +1,12 @@
 """What README shows runs. What the site's pages show runs while it is built."""
 
 import re
+import runpy
+import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +59,32 @@ def test_the_front_page_marks_what_differs_from_sgd():
     lines = enumerate(code.splitlines(), start=1)
     ours = {n for n, line in lines if re.search("extend|backpack|cgn|CGN|GGN", line)}
     assert numbers == ours
+
+
+def test_the_front_page_and_the_tutorial_show_one_way_through():
+    def way(path, *folders):
+        text = path.read_text("utf-8").partition("A way through")[2] or path.read_text("utf-8")
+        steps = re.findall(r"^ *\d\. (.+?)(?=^ *\d\. |^\S|\n\n)", text, re.MULTILINE | re.DOTALL)
+        text = " ".join(" ".join(steps).split())
+        for folder in folders:
+            text = text.replace(f"<{folder}", "<")
+        return text
+
+    front = way(ROOT / "docs" / "index.rst", "auto_examples/", "guides/")
+    tutorial = way(ROOT / "examples" / "GALLERY_HEADER.rst", "../guides/")
+    assert front == tutorial
+    assert front.count("`__") == 6
+
+
+@pytest.mark.parametrize("address", ["https://example.org/owner/name", ""])
+def test_the_site_leads_to_the_repository_if_its_address_is_known(address, monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    monkeypatch.setattr("sys.path", [*sys.path])  # which conf.py adds to
+    monkeypatch.setenv("REPOSITORY_URL", f"{address}/" if address else "")
+    tags = set()
+    conf = runpy.run_path("conf.py", {"tags": tags})
+    links = [link["url"] for link in conf["html_theme_options"]["icon_links"]]
+    assert links == [address] * bool(address)
+    assert tags == ({"repository"} if address else set())
+    workflow = (ROOT / ".github" / "workflows" / "checks.yml").read_text("utf-8")
+    assert "REPOSITORY_URL: ${{ github.server_url }}/${{ github.repository }}" in workflow

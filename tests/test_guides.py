@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import runpy
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -80,6 +81,13 @@ def test_a_loop_of_a_client_changes_few_lines(name):
     assert sum(gone.values()) <= 6
     assert any("torch.optim.SGD" in line for line in gone)
     assert "curvature.backward(loss, " in "".join(changed - plain)
+
+
+def test_newton_steps_train_beside_adams():
+    found = runpy.run_path(str(GUIDES / "beside_adam.py"))
+    assert statistics.mean(found["losses"][-10:]) < 0.6
+    assert len(found["newton"].solves) == 2
+    assert len(found["adam"].state) == 4
 
 
 # The symptoms.

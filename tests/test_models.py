@@ -1,8 +1,16 @@
 """The networks are what they say."""
 
 import torch
+from torch.nn.utils import parameters_to_vector
 
-from cgn_tutorial.pages import make_autoencoder, make_model
+from cgn_tutorial.pages import (
+    load_tiny_mnist,
+    make_autoencoder,
+    make_model,
+    make_tiny_model,
+    outputs_of,
+    split,
+)
 
 
 def test_the_model_has_21840_parameters_and_ten_outputs():
@@ -29,3 +37,20 @@ def test_activations_can_be_others():
     kinds = [type(module) for module in make_model(torch.nn.ReLU)]
     assert kinds.count(torch.nn.ReLU) == 3
     assert torch.nn.Sigmoid not in kinds
+
+
+def test_the_tiny_model_takes_the_tiny_images_and_separates_their_digits():
+    images, labels = load_tiny_mnist()
+    model = make_tiny_model()
+    assert sum(p.numel() for p in model.parameters()) == 113
+    assert model(images).shape == (len(labels), int(labels.max()) + 1) == (100, 3)
+
+
+def test_outputs_are_a_function_of_one_vector_that_leaves_the_model_as_it_is():
+    images, _ = load_tiny_mnist()
+    one, other = make_tiny_model(), make_tiny_model()
+    x, kept = (parameters_to_vector(model.parameters()).detach() for model in (one, other))
+    torch.testing.assert_close(outputs_of(other, images)(x), one(images))
+    assert torch.equal(parameters_to_vector(other.parameters()), kept)
+    for part, p in zip(split(other, x), one.parameters(), strict=True):
+        assert torch.equal(part, p)

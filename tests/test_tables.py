@@ -85,6 +85,19 @@ def test_page_4_races_what_the_experiments_chose():
     assert page_settings() == {way: chosen[way][0.9] for way in page_settings()}
 
 
+def test_page_3_trains_by_the_clock_what_the_experiments_chose():
+    page = ROOT / "examples" / "plot_3_matrix_free_optimization.py"
+    (cell,) = re.findall(
+        r"^BUDGET = .+?^settings = .+?$", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+    names = {"Setting": Setting}
+    exec(cell, names)
+    chosen = best("batch 64")
+    assert [setting.method for setting in names["settings"]] == ["Adam", "CGN"]
+    for setting in names["settings"]:
+        assert setting.options == chosen[setting.method][0.9].options
+
+
 def test_a_race_repeats_the_runs_that_are_kept():
     way = "CGN + Adam"
     setting = best("batch 64")[way][0.9]

@@ -1,14 +1,17 @@
 """What the site adds to Sphinx-Gallery, which has no settings for it.
 
-Pages run again when the package changed. Notebooks work away from the site: their folds are HTML,
+Pages run again when the package changed. Pages that go deeper, by a letter in place of a number,
+stand under a heading of their own. Notebooks work away from the site: their folds are HTML,
 their links lead to the site or to other notebooks. One archive has all downloads and the package.
-Source that a page prints is highlighted, and a page says what it ran on.
+Source that a page prints is highlighted, and a page says what it ran on. A card of the
+gallery shows the first sentence of its page.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import html
 import json
 import os
 import platform
@@ -23,7 +26,9 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 import torch
 from docutils import nodes
 from fold import to_html
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx_gallery.backreferences import THUMBNAIL_PARENT_DIV, THUMBNAIL_PARENT_DIV_CLOSE
 from sphinx_gallery.downloads import generate_zipfiles
 from sphinx_gallery.notebook import jupyter_notebook
 from sphinx_gallery.py_source_parser import split_code_and_text_blocks
@@ -33,6 +38,13 @@ import cgn_tutorial
 from cgn_tutorial.pages import default_device
 
 FIGURES = Path(__file__).with_name("figures.py")
+CARD = '\n.. raw:: html\n\n    <div class="sphx-glr-thumbcontainer"'
+DEEPER = """\
+Going deeper
+------------
+
+What stands beside the thread of the numbered pages: proofs, relatives, and limits.
+"""
 
 
 def forget_results(app: Sphinx) -> None:
@@ -120,6 +132,43 @@ def pack_everything(app: Sphinx, exception: Exception | None) -> None:
             archive.writestr(entry, file.read_bytes(), compress_type=ZIP_DEFLATED)
 
 
+def describe_cards(app: Sphinx, doctree: nodes.document) -> None:
+    """Write below the title of each card of the gallery the first sentence of its page."""
+    if app.env.current_document.docname != "auto_examples/index":
+        return
+    page = ""
+    for node in doctree.findall():
+        if isinstance(node, addnodes.pending_xref):
+            page = node["reftarget"]
+        elif isinstance(node, nodes.raw) and "sphx-glr-thumbnail-title" in node.astext():
+            source = (Path(app.srcdir) / f"{page.lstrip('/')}.py").read_text("utf-8")
+            sentence = f'<div class="sentence">{html.escape(first_sentence(source))}</div>'
+            title, end, rest = node.astext().partition("</div>")
+            node.children = [nodes.Text(f"{title}{end}\n{sentence}{rest}")]
+
+
+def first_sentence(source: str) -> str:
+    """The first sentence of a page below its title, without markup."""
+    _, _, text = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")
+    plain = re.sub(r"(?::\w+:)?`+([^`<]+?)(?: <[^>]*>)?`+_*", r"\1", " ".join(text.split()))
+    found = re.match(r".+?[.?!](?= |$)", plain.replace("*", ""))
+    if not found:
+        raise ValueError(f"A page begins without a sentence: {text[:80]!r}")
+    return found[0]
+
+
+def head_deeper_pages(app: Sphinx, page: str, content: list[str]) -> None:
+    """Put the cards of the pages with a letter, `plot_a_…`, under a heading of their own."""
+    if page != "auto_examples/index":
+        return
+    before, *cards = content[0].split(CARD)
+    deeper = [bool(re.search(r"auto_examples/plot_[a-z]_\w", card)) for card in cards]
+    if True in deeper:
+        first = deeper.index(True)
+        cards[first - 1] += f"{THUMBNAIL_PARENT_DIV_CLOSE}\n{DEEPER}{THUMBNAIL_PARENT_DIV}"
+    content[0] = CARD.join([before, *cards])
+
+
 def highlight_printed_source(app: Sphinx, doctree: nodes.document) -> None:
     """Highlight what a page printed if it is Python source, `print(inspect.getsource(...))`."""
     for block in doctree.findall(nodes.literal_block):
@@ -161,6 +210,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect all to the build, before Sphinx-Gallery looks at the pages, after it, and later."""
     app.connect("builder-inited", forget_results, priority=100)
     app.connect("builder-inited", write_notebooks, priority=900)
+    app.connect("doctree-read", describe_cards)
+    app.connect("source-read", head_deeper_pages)
     app.connect("doctree-read", highlight_printed_source)
     app.connect("doctree-read", say_where_it_ran)
     app.connect("build-finished", pack_everything)

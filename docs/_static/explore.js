@@ -371,6 +371,14 @@ const runs = {
       curves.forEach((curve, i) => i === run || line(curve, "gray faint"));
       line(curves[run], "ink");
     }
+    const falls = (curve) => curve.findIndex((value) => value < 1);
+    loss.forEach((curve, i) => {
+      if (i === run) return;
+      const before = loss.slice(0, i).filter((other) => falls(other) < 0).length;
+      const name = String(dampings[i]);
+      if (falls(curve) < 0) left.words(2 + 9 * before, 2.35, name, "", [0, -4]);  // the plateau
+      else left.words(falls(curve), 1, name, i ? "" : "end", [i ? 6 : -6, 0]);
+    });
     left.words(50, 3, `λ = ${dampings[run]}`, "strong end", [-8, 18]);
 
     right.line([[low / 2, 2 / low], [high * 2, 0.5 / high]], "thin dashed");

@@ -13,7 +13,9 @@ from cgn_tutorial.curvature import (
     restrict,
 )
 from cgn_tutorial.damping import LevenbergMarquardt
+from cgn_tutorial.jacobian import JacobianGGN, JacobianProduct
 from cgn_tutorial.parallel import Share, whole_batch
+from cgn_tutorial.preconditioner import Nystrom, cholesky
 
 __all__ = [
     "GGN",
@@ -24,12 +26,16 @@ __all__ = [
     "Curvature",
     "Extension",
     "Hessian",
+    "JacobianGGN",
+    "JacobianProduct",
     "LevenbergMarquardt",
+    "Nystrom",
     "Product",
     "Share",
     "Solve",
     "cg",
     "check_products",
+    "cholesky",
     "layers",
     "restrict",
     "whole_batch",

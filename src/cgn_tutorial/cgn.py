@@ -218,8 +218,13 @@ def cg(
     return CGResult(x.to(narrow), solve)
 
 
-def _steps(A: Matvec, M: Matvec, x: Tensor, r: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The steps of conjugate gradients from x, with the residual r, one product each."""
+def _steps(
+    A: Matvec,
+    M: Matvec,
+    x: Tensor,
+    r: Tensor,
+) -> Iterator[tuple[Tensor, ...]]:
+    """The steps of CG from x, with the residual r, one product each."""
     z = M(r)
     p, rz = z, _dot(r, z)
     while True:
@@ -393,16 +398,21 @@ class CGNOptimizer(Optimizer):
             the blocks; a longer step is scaled down to the bound. The first number measures v in
             the metric of the curvature; after a solve from zero, both numbers are equal. The second
             number also bounds steps of zero or negative curvature. No product is needed.
+        preconditioner: Called as `preconditioner(block, lam)` before each solve, with the `Block`,
+            which multiplies by C, and the n numbers λ + μ. The result is the M of `cg`. `None`
+            means M = I. See `cgn_tutorial.preconditioner`.
 
     Attributes:
         bp_extension: As given.
+        preconditioner: As given.
         predicted: The change of the loss that the last step promised: the value of the damped
             quadratic model at the end of the step, summed over the blocks.
         solves: How the solves of the last step went: for the names of a block's parameters, a
             `Solve`. Its residuals are the norms ‖(C + λI) v + g‖; its `decrease` holds for γ = 1.
 
     Raises:
-        TypeError: `bp_extension` has no `savefield`, or a parameter is complex.
+        TypeError: `bp_extension` has no `savefield`, `preconditioner` is no function, or a
+            parameter is complex.
         ValueError: A hyperparameter is out of range.
 
     Note:
@@ -412,7 +422,8 @@ class CGNOptimizer(Optimizer):
         BackPACK's, multiplies over the one parameter p that carries the product,
         `[V, *p.shape] → [V, *p.shape]`.
 
-        All hyperparameters are options of parameter groups, and may change between steps. Within a
+        All hyperparameters from `lr` on, but for `preconditioner`, are options of parameter groups,
+        and may change between steps. Within a
         block, all options but `damping` and `weight_decay` must agree; `max_length` must agree over
         all blocks of a step.
 
@@ -456,6 +467,7 @@ class CGNOptimizer(Optimizer):
         negative_curvature: NegativeCurvature = "stop",
         warm_start: float = 0.0,
         max_length: float = math.inf,
+        preconditioner: Callable[[Block, Tensor], Matvec] | None = None,
     ) -> None:
         savefield = getattr(bp_extension, "savefield", None)
         if not isinstance(savefield, str) or not savefield.isidentifier():
@@ -464,7 +476,13 @@ class CGNOptimizer(Optimizer):
                 f"parameter's product, but {bp_extension!r} has {savefield!r}: pass an instance, "
                 "such as GGNMP()."
             )
+        if preconditioner is not None and not callable(preconditioner):
+            raise TypeError(
+                "preconditioner must be a function of a block and λ, such as Nystrom(rank=50), not "
+                f"{preconditioner!r}."
+            )
         self.bp_extension = bp_extension
+        self.preconditioner = preconditioner
         self.predicted = 0.0
         self.solves: dict[tuple[str, ...], Solve] = {}
         defaults = dict(
@@ -474,8 +492,8 @@ class CGNOptimizer(Optimizer):
         super().__init__(parameters, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("bp_extension", "predicted", "solves")}
-        return super().__getstate__() | own
+        own = "bp_extension", "preconditioner", "predicted", "solves"
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -529,6 +547,8 @@ class CGNOptimizer(Optimizer):
             x0 = None
             if all(p in self.state for p in block.parameters):
                 x0 = block.gather(lambda p, o: o["warm_start"] * self.state[p]["v"])
+            if self.preconditioner is not None:
+                options["M"] = self.preconditioner(block, lam)
             return _descent(lambda v: block(v[None])[0] + lam * v, -g, x0, **options)
         except ConnectionError:  # of several processes, which cannot go on
             raise

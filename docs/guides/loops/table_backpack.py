@@ -27,7 +27,8 @@ def train(lr: float = 0.3, steps: int = 100, seed: int = 0) -> float:
         nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
     )
     model, loss_function = extend(model), extend(nn.MSELoss())
-    optimizer = CGNOptimizer(model.parameters(), GGNMP(), lr=lr, damping=1e-2, tol=0.3, maxiter=10)
+    options = {"damping": 1e-2, "tol": 0.3, "maxiter": 10}
+    optimizer = CGNOptimizer(model.parameters(), GGNMP(), lr=lr, **options)
     for _ in range(steps):
         batch = torch.randint(2000, (256,))
         optimizer.zero_grad()

@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import MNIST
 
-__all__ = ["MNIST_MEAN", "MNIST_STD", "load_mnist", "load_published_run", "mnist_loader"]
+__all__ = [
+    "MNIST_MEAN",
+    "MNIST_STD",
+    "load_mnist",
+    "load_published_run",
+    "load_tiny_mnist",
+    "mnist_loader",
+]
 
 #: Mean of the training images' pixels, scaled to [0, 1].
 MNIST_MEAN = 0.1307
@@ -97,6 +105,17 @@ def mnist_loader(
     """
     dataset = load_mnist(train, root, download=download)
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+def load_tiny_mnist() -> tuple[Tensor, Tensor]:
+    """A hundred images of the digits 0, 1 and 2, shrunk to 3 × 3 pixels, for `make_tiny_model`.
+
+    Returns:
+        Images, float64 `[100, 9]`, and labels, int64 `[100]`.
+    """
+    images, labels = load_mnist(train=False).tensors
+    few = (labels < 3).nonzero().flatten()[:100]
+    return adaptive_avg_pool2d(images[few], 3).flatten(1).double(), labels[few]
 
 
 def load_published_run() -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Tables of prose, which a phone shows as a list: each cell tells the name of its column.
+
+The names are attributes, `data-label`, that the style sheet shows on narrow screens alone.
+"""
+
+from __future__ import annotations
+
+import re
+from html import escape, unescape
+from statistics import mean
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+PROSE = 15  # characters of a cell, in the mean, beyond which a table is prose
+
+
+def words(html: str) -> str:
+    """The text of a piece of HTML."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", "", html)).split())
+
+
+def label(table: str) -> str:
+    """A table whose cells tell their columns, if it has three or more, of prose."""
+    heads = [words(head) for head in re.findall(r"<th\b.*?</th>", table, re.DOTALL)]
+    cells = re.findall(r"<td\b.*?</td>", table, re.DOTALL)
+    fits = len(heads) > 2 and cells and len(cells) % len(heads) == 0
+    if not fits or 'class="narrow' in table or mean(len(words(cell)) for cell in cells) < PROSE:
+        return table
+    names = iter(heads * (len(cells) // len(heads)))
+    labelled = re.sub(r"<td\b", lambda _: f'<td data-label="{escape(next(names))}"', table)
+    return re.sub(r'<table class="', '<table class="stacked ', labelled, count=1)
+
+
+def label_tables(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Label the tables of a page."""
+    if "body" in context:
+        context["body"] = re.sub(
+            r"<table\b.*?</table>", lambda table: label(table[0]), context["body"], flags=re.DOTALL
+        )
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Connect to the writing of each page."""
+    app.connect("html-page-context", label_tables)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

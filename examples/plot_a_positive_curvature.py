@@ -1,0 +1,508 @@
+r"""
+A. Positive curvature, Fisher and their kin
+===========================================
+
+`Page 1 <plot_1_newton_step.html>`__ splits the Hessian of a network into the generalized
+Gauss-Newton matrix (GGN) and a residual, :math:`H = G + R`. Where does the residual come from,
+layer by layer? A backward recursion shows the place, and the *positive-curvature Hessian* (PCH)
+repairs the residual there. This page derives the recursion, holds it against dense matrices and
+against BackPACK, and compares the eigenvalues of four curvatures. First, the page relates the GGN
+to the Fisher matrix.
+
+*About 20 minutes to read, a quarter of a minute to run.* To run this page, ``pip install`` the
+package as the `front page <../index.html#run-it-yourself>`__ says.
+"""
+
+# %%
+# Fisher matrix
+# -------------
+#
+# Cross-entropy is a negative log-likelihood: the model gives each possible label a probability. For
+# each label, take the gradient :math:`g` that an image would have if the label were true, and
+# average the products :math:`g g^\top` with the model's probabilities. The mean over all images is
+# the **Fisher** matrix. For softmax and cross-entropy, the Fisher matrix equals the GGN (`Martens,
+# "New Insights and Perspectives on the Natural Gradient Method" (2020)
+# <https://arxiv.org/abs/1412.1193>`__).
+#
+# The network is the tiny one of page 1, with 113 parameters.
+
+# Load the tiny network, and compute its Hessian.
+import torch
+from torch.func import grad, jacrev
+from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.utils import parameters_to_vector
+
+from cgn_tutorial.pages import (
+    load_tiny_mnist,
+    make_tiny_model,
+    outputs_of,
+    split,
+)
+
+images, labels = load_tiny_mnist()
+torch.manual_seed(0)
+tiny = make_tiny_model()
+x_init = parameters_to_vector(tiny.parameters()).detach()
+outputs = outputs_of(tiny, images)
+
+
+def loss(x):
+    return cross_entropy(outputs(x), labels)
+
+
+H = jacrev(grad(loss))(x_init)
+
+# %%
+
+
+def loss_hessians(z):  # H_L of softmax and cross-entropy, per image
+    share = z.softmax(dim=1)
+    outer = share[:, :, None] * share[:, None, :]
+    return (share.diag_embed() - outer) / len(z)
+
+
+J = jacrev(outputs)(x_init)  # [images, outputs, parameters]
+H_L = loss_hessians(outputs(x_init))
+G = torch.einsum("nki,nkl,nlj->ij", J, H_L, J)
+
+# Each image's gradient is Jᵀ times its gradient in z.
+share = outputs(x_init).softmax(dim=1)
+in_z = share[:, None] - torch.eye(3).double()  # [images, labels, outputs]
+g = torch.einsum("nci,nij->ncj", in_z, J)
+fisher = torch.einsum("nc,nci,ncj->ij", share, g, g) / len(images)
+true = g[torch.arange(len(images)), labels]
+empirical = true.T @ true / len(images)
+for name, matrix in (("Fisher", fisher), ("empirical Fisher", empirical)):
+    error = (matrix - G).norm() / G.norm()  # relative, to the GGN
+    print(f"{name}: difference {error:.0e}")
+
+# %%
+
+# Check both, and the formula of H_L.
+F = torch.einsum("nc,nci,ncj->nij", share, in_z, in_z) / len(share)
+torch.testing.assert_close(F, H_L)
+torch.testing.assert_close(fisher, G)
+assert (empirical - G).norm() > 0.1 * G.norm()
+
+# %%
+# The **empirical Fisher** takes :math:`g g^\top` for the label in the data alone. The empirical
+# Fisher is neither the Fisher matrix nor the GGN (`Kunstner, Hennig and Balles, "Limitations of the
+# Empirical Fisher Approximation for Natural Gradient Descent" (2019)
+# <https://arxiv.org/abs/1905.12558>`__). **K-FAC** approximates each layer's block of the Fisher
+# matrix by a Kronecker product of two small matrices. K-FAC can store and invert these matrices;
+# this tutorial multiplies by the block itself.
+#
+# Positive-curvature Hessian
+# --------------------------
+#
+# Follow the Hessian of one image's loss backwards through the network. A linear layer computes
+# :math:`z = W h + b` from :math:`h = \sigma(a)`, the sigmoid of the output :math:`a` of the layer
+# below. Let :math:`H_z`, :math:`H_h` and :math:`H_a` be the Hessians of the loss with respect to
+# :math:`z`, :math:`h` and :math:`a`, and :math:`\delta = \partial L / \partial h`.
+#
+# **Through the weight.** The output :math:`z` is linear in :math:`h`, with the Jacobian :math:`W`:
+#
+# .. math:: H_h = W^\top H_z W .
+#
+# **Through the sigmoid.** The chain rule gives :math:`\partial L / \partial a_i = \sigma'(a_i)\,
+# \delta_i`. Differentiate this product with respect to :math:`a_j`. The change of :math:`\delta_i`
+# gives :math:`\sigma'(a_i)\, (H_h)_{ij}\, \sigma'(a_j)`. The change of :math:`\sigma'(a_i)` gives
+# :math:`r_i = \sigma''(a_i)\, \delta_i`, for :math:`i = j` only:
+#
+# .. math::
+#
+#     \begin{aligned}
+#     H_a &= \operatorname{diag}(\sigma'(a))\, H_h \operatorname{diag}(\sigma'(a))
+#         + \operatorname{diag}(r), \\
+#     r &= \sigma''(a) \odot \delta .
+#     \end{aligned}
+#
+# The layer below calls its output :math:`z`, not :math:`a`, and goes on with :math:`H_a` as its
+# :math:`H_z`. (`Botev, Ritter and Barber, "Practical Gauss-Newton Optimisation for Deep Learning"
+# (2017) <https://arxiv.org/abs/1706.03662>`__; for many kinds of layers, `Dangel, Harmeling and
+# Hennig, "Modular Block-diagonal Curvature Approximations for Feedforward Architectures" (2020)
+# <https://arxiv.org/abs/1902.01813>`__.)
+#
+# The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss.
+# Every term of the recursion stays positive semi-definite, except :math:`\operatorname{diag}(r)`.
+# With :math:`r = 0`, the recursion multiplies :math:`H_L` from both sides by Jacobians alone, and
+# the result is the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r` by
+# :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*) in every layer, and is positive
+# semi-definite. The PCH is not the Hessian with its negative eigenvalues cut off. (`Chen, Chou and
+# Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training Neural
+# Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.)
+#
+# Four curvatures, then, differ in one function of :math:`\sigma''(a)` and :math:`\delta`:
+
+RESIDUALS = {
+    "Hessian": lambda s2, delta: s2 * delta,
+    "GGN": lambda s2, delta: 0 * delta,
+    "PCH, abs": lambda s2, delta: (s2 * delta).abs(),
+    "PCH, clip": lambda s2, delta: (s2 * delta).clamp(min=0),
+}
+
+# %%
+# Blocks of the recursion
+# -----------------------
+#
+# The recursion yields the second derivatives *within* a layer. In :math:`z = W h + b`, adding
+# :math:`t` to :math:`b_i` adds :math:`t` to :math:`z_i`, and adding :math:`t` to :math:`W_{ij}`
+# adds :math:`t h_j` to :math:`z_i`. So for one image
+#
+# .. math::
+#
+#     \frac{\partial^2 L}{\partial b_i\, \partial b_k} = (H_z)_{ik}, \qquad
+#     \frac{\partial^2 L}{\partial W_{ij}\, \partial W_{kl}} = (H_z)_{ik}\, h_j h_l ,
+#
+# and the blocks of a batch are the sums over its images. If :math:`H_z` is positive semi-definite,
+# both blocks are: a change of the bias or the weight changes :math:`z` by some :math:`u`, and the
+# curvature along the change is :math:`u^\top H_z\, u \ge 0`.
+
+
+def forward(x):
+    parameters = split(tiny, x)
+    weights, biases = parameters[::2], parameters[1::2]
+    h = [images]  # the inputs of all layers
+    for W_l, b_l in zip(weights, biases, strict=True):
+        z = h[-1] @ W_l.T + b_l
+        h.append(z.sigmoid())
+    return weights, h[:-1], z  # there is no sigmoid behind the last layer
+
+
+# %%
+
+
+def recursion(x, residual):
+    weights, h, z = forward(x)
+    H_z = loss_hessians(z)
+    g_z = (z.softmax(1) - one_hot(labels)) / len(z)  # ∂L/∂z
+    for W_l, h_l in zip(reversed(weights), reversed(h), strict=True):
+        H_h = W_l.T @ H_z @ W_l
+        yield W_l, h_l, H_z, H_h
+        # To the layer below, if there is one: σ' and δ, then σ'' within r.
+        s1 = h_l * (1 - h_l)
+        delta = g_z @ W_l  # ∂L/∂h
+        r = residual(s1 * (1 - 2 * h_l), delta)
+        H_z = s1[:, :, None] * H_h * s1[:, None, :] + r.diag_embed()
+        g_z = s1 * delta
+
+
+def curvature_blocks(x, residual):
+    blocks = []
+    for W_l, h_l, H_z, _ in recursion(x, residual):
+        B = torch.einsum("nik,nj,nl->ijkl", H_z, h_l, h_l)
+        blocks = [B.reshape(W_l.numel(), -1), H_z.sum(0), *blocks]
+    return blocks
+
+
+# %%
+# Are these the blocks of the dense matrices from automatic differentiation?
+
+
+# Compare the blocks with those of the dense matrices.
+def blocks_of(matrix):
+    sizes = [p.numel() for p in tiny.parameters()]
+    rows = matrix.split(sizes)
+    return [row.split(sizes, dim=1)[i] for i, row in enumerate(rows)]
+
+
+def difference(blocks, others):  # relative, over all blocks
+    blocks, others = torch.block_diag(*blocks), torch.block_diag(*others)
+    return ((blocks - others).norm() / others.norm()).item()
+
+
+for name, dense in ("Hessian", H), ("GGN", G):
+    ours = curvature_blocks(x_init, RESIDUALS[name])
+    error = difference(ours, blocks_of(dense))
+    print(f"{name}: relative difference {error:.1e}")
+    assert error < 1e-12
+
+# %%
+# They agree. The picture shows the recursion on one image, from right to left, as it runs. The
+# Hessian of the loss arrives at the outputs of the last layer. Each layer leaves the blocks of its
+# bias and its weight behind, and hands on a matrix of the size of its input.
+
+# Run the recursion, and draw the matrices that the first image meets.
+from matplotlib import pyplot as plt
+from matplotlib.colors import SymLogNorm
+
+from cgn_tutorial.pages.plotting import COLORS, describe
+
+met = []
+for W_l, _, H_z, H_h in recursion(x_init, RESIDUALS["Hessian"]):
+    met += [("$H_z$", W_l.shape, H_z[0]), ("$H_h$", None, H_h[0])]
+met = met[:-1]  # nothing is below the first layer
+
+fig, ax = plt.subplots(figsize=(6, 3.6))
+steps, edge = ("σ′", "W"), 0.0
+for i, (name, shape, matrix) in enumerate(met):
+    half = 0.07 * len(matrix)
+    center = edge - (0.75 + half if i else 0)
+    extent = (center - half, center + half, -half, half)
+    norm = SymLogNorm(1e-3, vmin=-1, vmax=1)
+    ax.imshow(matrix / matrix.abs().max(), "PuOr", extent=extent, norm=norm)
+    ax.text(center, 0.58, name, ha="center")
+    if i:
+        ends = {"xy": (center + half, 0), "xytext": (edge, 0)}
+        arrow = {"arrowstyle": "->", "color": "gray"}
+        ax.annotate("", arrowprops=arrow, **ends)
+        middle = (center + half + edge) / 2
+        ax.text(middle, 0.14, steps[i % 2], ha="center")
+    if shape:
+        arrow = {"arrowstyle": "->", "color": COLORS["green"]}
+        down = {"xy": (center, -0.9), "xytext": (center, -half)}
+        ax.annotate("", arrowprops=arrow, **down)
+        n, k = shape
+        words = f"layer {3 - i // 2}\nbias\n{n} × {n}\n"
+        words += f"weight\n{n * k} × {n * k}"
+        ax.text(center, -0.95, words, ha="center", va="top")
+    edge = center - half
+ax.set(xlim=(-6.0, 0.6), ylim=(-2.7, 0.8), aspect="equal")
+ax.set_axis_off()
+_ = describe(
+    fig,
+    "From right to left, a matrix of 3 by 3 at the outputs becomes one of 5 by"
+    " 5 behind the last layer's weight, another of 5 by 5 before the sigmoid,"
+    " then two of 6 by 6. At each layer an arrow leads down to the blocks of"
+    " its bias and its weight.",
+)
+
+# %%
+# BackPACK's products
+# -------------------
+#
+# Page 3 takes its products from `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__, which
+# follows the backward pass through the modules that ``extend`` registers. On each parameter ``p``,
+# BackPACK leaves a function that multiplies V vectors at once, ``[V, *p.shape] → [V, *p.shape]``.
+# The attribute's name is the ``savefield`` of the *extension*, and the extension chooses the
+# curvature. All unit vectors at once give all columns of the block.
+
+import copy
+import warnings
+
+from backpack import backpack, extend
+from backpack.extensions import GGNMP, HMP, PCHMP
+from torch import nn
+
+# Torch warns of BackPACK's hook on the first layer, harmlessly.
+warnings.filterwarnings("ignore", "Full backward hook is firing")
+
+
+def backpack_blocks(extension):
+    net = extend(copy.deepcopy(tiny))  # extend leaves hooks in the modules
+    loss_function = extend(nn.CrossEntropyLoss())
+    inputs = images.clone().requires_grad_()  # or torch warns of hooks
+    with backpack(extension):
+        loss_function(net(inputs), labels).backward()
+    blocks = []
+    for p in net.parameters():
+        product = getattr(p, extension.savefield)
+        unit_vectors = torch.eye(p.numel()).to(p).view(-1, *p.shape)
+        blocks.append(product(unit_vectors).reshape(p.numel(), -1))
+    return blocks
+
+
+for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
+    error = difference(backpack_blocks(extension), blocks_of(dense))
+    print(f"BackPACK's {name}: difference {error:.1e}")
+    assert error < 1e-12
+
+# %%
+# And the PCH? Compare BackPACK's PCH with the definition above, and with a variant that contains
+# :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
+
+for modify in ("abs", "clip"):
+    residual = RESIDUALS[f"PCH, {modify}"]
+    theirs = backpack_blocks(PCHMP(modify=modify))
+    once = curvature_blocks(x_init, residual)
+    twice = curvature_blocks(
+        x_init, lambda s2, d, residual=residual: residual(s2, d * d)
+    )
+    errors = [difference(theirs, blocks) for blocks in (once, twice)]
+    print(f"PCH, {modify}: δ once {errors[0]:.1e}, twice {errors[1]:.1e}")
+    ggn = [difference(b, blocks_of(G)) for b in (once, twice)]
+    print(f"    distance to the GGN {ggn[0]:.1e}, {ggn[1]:.1e}")
+    assert min(errors) < 1e-12
+    assert ggn[1] < ggn[0] / 100
+
+# %%
+# BackPACK 1.7.1 multiplies by :math:`\delta` twice; the definition multiplies once. The mean over
+# many images makes :math:`\delta` small, and its square all but removes the residual. BackPACK's
+# variant is positive semi-definite, does not depend on the sign of :math:`\delta`, and is here
+# hardly more than the GGN. Page 3 calls this variant PCH, as did the published run that page 3
+# repeats. The spectra below belong to the definition.
+#
+# Spectra
+# -------
+#
+# A solver meets the matrix through its eigenvalues. How do the eigenvalues of the four curvatures
+# differ, and does training change them? First, train the tiny network with dense matrices: the
+# block-diagonal GGN, :math:`\lambda = 0.01` and :math:`\gamma = 0.1`.
+
+eye = torch.eye(len(x_init), dtype=x_init.dtype)
+x = x_init
+for _ in range(100):
+    C = torch.block_diag(*curvature_blocks(x, RESIDUALS["GGN"]))
+    v = torch.linalg.solve(C + 0.01 * eye, -grad(loss)(x))
+    x = x + 0.1 * v
+x_trained = x
+
+for name, x in (("initialisation", x_init), ("trained", x_trained)):
+    correct = (outputs(x).argmax(1) == labels).double().mean()
+    print(f"{name}: loss {loss(x):.3f}, accuracy {correct:.2f}")
+assert loss(x_trained) < 0.1 * loss(x_init)
+
+# %%
+# Each mark is one eigenvalue of the block-diagonal matrix. The axis is linear up to
+# :math:`10^{-5}` and logarithmic beyond. The table counts the eigenvalues that are negative beyond
+# rounding, and lists the smallest and the largest eigenvalue.
+
+
+def spectrum(x, name):
+    blocks = curvature_blocks(x, RESIDUALS[name])
+    return torch.linalg.eigvalsh(torch.block_diag(*blocks))
+
+
+# %%
+
+# Draw and count the eigenvalues of the four curvatures.
+fig, axes = plt.subplots(2, 1, figsize=(5, 4.4), sharex=True)
+for ax, x in zip(axes, (x_init, x_trained), strict=True):
+    title = "at initialisation" if x is x_init else "trained"
+    print(title)
+    for row, name in enumerate(RESIDUALS):
+        mu = spectrum(x, name)
+        up, down = mu[mu > -1e-14], mu[mu < -1e-14]
+        ax.plot(up, 0 * up + row, "|", ms=12, c=COLORS["blue"])
+        ax.plot(down, 0 * down + row, "x", c=COLORS["red"])
+        print(
+            f"  {name:9}  negative: {len(down):2}  {mu[0]:8.1e} {mu[-1]:.2f}"
+        )
+        assert (len(down) > 0) == (name == "Hessian")
+    ax.set_xscale("symlog", linthresh=1e-5)
+    ax.set(yticks=range(4), yticklabels=RESIDUALS, ylim=(3.5, -0.5))
+    ax.set_title(title, size=10)
+axes[1].set(xlabel="eigenvalue", xticks=[-1e-3, 0, 1e-3, 1e-1])
+fig.tight_layout()
+_ = describe(
+    fig,
+    "Two panels with one row of eigenvalues per curvature, on a logarithmic"
+    " scale to both sides of zero. Only the Hessian has negative ones, marked"
+    " by crosses; after training they are fewer and smaller.",
+)
+
+# %%
+
+# Check the most negative eigenvalues.
+negative = [spectrum(x, "Hessian") for x in (x_init, x_trained)]
+counts = [(mu < -1e-14).sum() for mu in negative]
+assert counts[1] < counts[0]
+assert 0 > negative[1][0] > 0.1 * negative[0][0]
+residuals = []
+for x in (x_init, x_trained):
+    H_x, G_x = (curvature_blocks(x, RESIDUALS[k]) for k in ("Hessian", "GGN"))
+    R_x = torch.block_diag(*H_x) - torch.block_diag(*G_x)
+    residuals.append((R_x.norm(), *torch.linalg.eigvalsh(R_x)[[0, -1]]))
+(before, low, high), (after, low_trained, high_trained) = residuals
+assert after > 3 * before
+assert -low > 5 * high and high_trained > 5 * -low_trained
+assert 0 > low_trained > 0.1 * low
+
+# %%
+# Only the Hessian has negative eigenvalues (crosses). Training leaves fewer, and the most negative
+# eigenvalue has moved close to 0. The residual as a whole has not shrunk: its norm is more than
+# three times as large as before. But its negative eigenvalues have moved close to 0, and its
+# largest eigenvalue has grown. All four curvatures have a few large eigenvalues and many
+# eigenvalues close to 0.
+#
+# Damping moves every eigenvalue :math:`\mu` to :math:`\mu + \lambda`. The next figure shows the
+# sizes of the eigenvalues at initialisation, from the largest eigenvalue to the smallest. Crosses
+# are negative eigenvalues. The dashed line shows the same after damping with
+# :math:`\lambda = 10^{-3}`, and ends at the first negative eigenvalue. Sizes below
+# :math:`10^{-7}` are drawn as :math:`10^{-7}`.
+
+# Draw the eigenvalues with and without damping.
+fig, axes = plt.subplots(2, 2, figsize=(5, 4.4), sharex=True, sharey=True)
+for ax, name in zip(axes.flat, RESIDUALS, strict=True):
+    mu = spectrum(x_init, name).flip(0)
+    k = torch.arange(len(mu))
+    size, down, up = mu.abs().clamp(min=1e-7), mu < -1e-14, mu + 1e-3 > 0
+    ax.plot(k[~down], size[~down], ".", ms=3, c=COLORS["blue"])
+    ax.plot(k[down], size[down], "x", ms=4, c=COLORS["red"])
+    ax.plot(k[up], (mu + 1e-3)[up], "--", c=COLORS["orange"])
+    ax.set(yscale="log")
+    ax.set_title(name, size=10)
+for ax in axes[1]:
+    ax.set_xlabel("index")
+for ax in axes[:, 0]:
+    ax.set_ylabel("|eigenvalue|")
+fig.tight_layout()
+_ = describe(
+    fig,
+    "Four panels of eigenvalues falling from about 0.6 over seven orders of"
+    " magnitude. Damped, they level off at 0.001. For the Hessian the"
+    " negative eigenvalues rise again in size to about 0.006 at the end, and"
+    " the damped line breaks off before them.",
+)
+
+# %%
+# For the three semi-definite curvatures, damping is a floor. The condition number, the largest
+# eigenvalue :math:`\mu_1` over the smallest, drops from infinity to :math:`\mu_1 / \lambda + 1`;
+# `page B <plot_b_how_fast_how_exact.html>`__ bounds the steps of conjugate gradients by it. The
+# Hessian is positive definite only if :math:`\lambda` exceeds the size of its most negative
+# eigenvalue.
+
+for lam in (1e-3, 1e-2):
+    print(f"λ = {lam}:")
+    for name in RESIDUALS:
+        mu = spectrum(x_init, name) + lam
+        condition = f"condition number {mu[-1] / mu[0]:.0f}"
+        print(f"    {name:9}", condition if mu[0] > 0 else "indefinite")
+        assert (mu[0] > 0) == (lam == 1e-2 or name != "Hessian")
+
+# %%
+# Check yourself
+# --------------
+#
+# .. fold:: All sigmoids are replaced by ReLUs, whose second derivative is zero wherever the
+#     derivative exists. How do the blocks of the four curvatures differ now?
+#
+#    The blocks do not differ: with :math:`\sigma'' = 0`, the residual :math:`r` is zero in every
+#    layer, and all four curvatures have the blocks of the GGN. The full Hessian and the full GGN
+#    still differ outside the blocks, as :math:`z` has second derivatives with respect to the
+#    weights of two layers.
+#
+# .. fold:: The labels are drawn from the model's own probabilities. What does the empirical Fisher
+#     approach with more and more images?
+#
+#    The empirical Fisher approaches the Fisher matrix: the mean over drawn labels approaches the
+#    mean with the model's probabilities.
+#
+# .. fold:: Exercise: run ``curvature_blocks`` at ``x_init`` with a residual of your own,
+#     ``lambda s2, d: (s2 * d).abs() / 10``. How does the ``difference`` to the blocks of the GGN
+#     compare with that of the PCH?
+#
+#    The distance shrinks to a tenth. :math:`\delta` does not depend on the curvature, and the
+#    recursion is linear in :math:`H_z` and :math:`r`. So the blocks differ from the GGN by a linear
+#    function of :math:`r`.
+
+# Check the answers.
+G_blocks = blocks_of(G)
+tenth = curvature_blocks(x_init, lambda s2, d: (s2 * d).abs() / 10)
+whole = curvature_blocks(x_init, RESIDUALS["PCH, abs"])
+ratio = difference(tenth, G_blocks) / difference(whole, G_blocks)
+assert abs(ratio - 0.1) < 1e-9
+
+drawn = torch.multinomial(share, 10_000, replacement=True)  # per image
+sampled = torch.stack([(drawn == c).double().mean(1) for c in range(3)], 1)
+sampled = torch.einsum("nc,nci,ncj->ij", sampled, g, g) / len(images)
+assert (sampled - fisher).norm() < 0.01 * fisher.norm()
+
+rectified = copy.deepcopy(tiny)
+rectified[1], rectified[3] = nn.ReLU(), nn.ReLU()
+outputs = outputs_of(rectified, images)
+J, H_L = jacrev(outputs)(x_init), loss_hessians(outputs(x_init))
+G = torch.einsum("nki,nkl,nlj->ij", J, H_L, J)
+H = jacrev(grad(loss))(x_init)
+assert difference(blocks_of(H), blocks_of(G)) < 1e-12
+assert (H - G).norm() > 0.01 * G.norm()

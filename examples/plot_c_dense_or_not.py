@@ -1,0 +1,441 @@
+r"""
+C. Dense or not
+===============
+
+Why not store the curvature matrix, and factorize it? And if conjugate gradients
+(CG) stop early, which part of the Newton step is missing? Beside `page 5
+<plot_5_any_architecture.html>`__, this page goes deeper into both questions. The
+system of a step,
+
+.. math::
+
+   (C + \lambda I)\, v = -g ,
+
+has here the `generalized Gauss-Newton matrix
+<plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) :math:`C = J^\top H_L\,
+J` of a whole network, or of its layers.
+
+*About 10 minutes to read, and one to run.*
+"""
+
+# %%
+# Until the matrix no longer fits
+# -------------------------------
+#
+# The network has one hidden layer of sigmoids, on images of 7 × 7 pixels. The
+# hidden layer grows wider. Three ways compute the Newton step of the whole
+# network. The first way is CG on products, until the residual is a thousandth of
+# the gradient.
+
+# What this page imports, and helpers.
+import statistics
+import time
+from functools import partial
+
+import torch
+from matplotlib import pyplot as plt
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, jacrev
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+
+from cgn_tutorial import GGN, CGNOptimizer, cg, layers
+from cgn_tutorial.pages import load_mnist, make_model, mnist_loader, train
+from cgn_tutorial.pages.plotting import COLORS, describe
+
+images, labels = (t[:64] for t in load_mnist().tensors)
+small = adaptive_avg_pool2d(images, 7).flatten(1)
+LAM = 0.01
+
+
+def per_parameter(model):
+    return model.parameters()
+
+
+def whole_network(model):
+    return [model.parameters()]
+
+
+def damped(product, lam):
+    return lambda p: product(p[None])[0] + lam * p
+
+
+def size(product):
+    return sum(p.numel() for p in product.parameters)
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# %%
+
+
+def make_wide(width):
+    first, last = nn.Linear(49, width), nn.Linear(width, 10)
+    return nn.Sequential(first, nn.Sigmoid(), last)
+
+
+def matrix_free_step(model):
+    model.zero_grad()
+    z = model(small)
+    loss = cross_entropy(z, labels)
+    (product,) = GGN(whole_network(model)).backward(loss, z)
+    g = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return cg(damped(product, LAM), -g, tol=1e-3).x
+
+
+# %%
+# The second way forms the dense matrix and factorizes it. The third way lies
+# between the two. The GGN of :math:`N` images with ten outputs each has at most
+# the rank :math:`10 N`, here 640: with :math:`H_L = S S^\top`, the GGN is
+# :math:`U^\top U` for the short and wide matrix :math:`U = S^\top J`. Woodbury's
+# formula needs a solve of that size only,
+#
+# .. math::
+#
+#    (U^\top U + \lambda I)^{-1} g
+#    = \frac{1}{\lambda} \bigl(g - U^\top (U U^\top + \lambda I)^{-1} U g\bigr) .
+
+
+def jacobian_and_gradient(model):
+    parameters = dict(model.named_parameters())
+    J = jacrev(lambda x: functional_call(model, x, (small,)))(parameters)
+    J = torch.cat([J_i.flatten(2) for J_i in J.values()], dim=2)
+    share = model(small).softmax(dim=1)
+    root = share.sqrt()
+    S = root.diag_embed() - share[:, :, None] * root[:, None, :]
+    U = (S.mT @ J / len(share) ** 0.5).flatten(0, 1)
+    errors = (share - nn.functional.one_hot(labels, 10)) / len(share)
+    return U.detach(), torch.einsum("nk,nki->i", errors, J).detach()
+
+
+def dense_step(model):
+    U, g = jacobian_and_gradient(model)
+    G = U.T @ U
+    G.diagonal().add_(LAM)
+    L = torch.linalg.cholesky(G)
+    return torch.cholesky_solve(-g[:, None], L)[:, 0]
+
+
+def woodbury_step(model):
+    U, g = jacobian_and_gradient(model)
+    K = U @ U.T
+    K.diagonal().add_(LAM)
+    return (U.T @ torch.linalg.solve(K, U @ g) - g) / LAM
+
+
+# %%
+# The memory is counted, not measured. In single precision, the dense matrix of
+# :math:`n` parameters takes :math:`4 n^2` bytes, and Woodbury's :math:`U` takes
+# :math:`4 \cdot 640\, n`. The matrix-free way takes five vectors, the
+# gradient and the `four of CG <plot_2_conjugate_gradients.html#the-algorithm>`__,
+# and what the two graphs hold on to. PyTorch reports each tensor that a graph saves.
+
+
+# Count the bytes that the graphs hold on to.
+def medians(candidates, repeats):
+    seconds = {name: [] for name in candidates}
+    for _ in range(repeats):  # in turns, so that all meet the same load
+        for name, function in candidates.items():
+            begin = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - begin)
+    return {k: statistics.median(v) for k, v in seconds.items()}
+
+
+def matrix_free_bytes(model):
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        z = model(small)
+        loss = cross_entropy(z, labels)
+        products = GGN(whole_network(model)).backward(loss, z)
+    return sum(saved.values()) + 5 * 4 * sum(map(size, products))
+
+
+# %%
+
+# Take each step in the ways that end within seconds, and time them.
+LARGEST = {"matrix-free": 4096, "Woodbury": 1024, "dense": 64}  # hidden units
+STEP = {"matrix-free": matrix_free_step, "Woodbury": woodbury_step}
+STEP["dense"] = dense_step
+widths = [2**k for k in range(2, 13)]
+sizes, memory, seconds = [], [], {name: [] for name in STEP}
+for width in widths:
+    torch.manual_seed(0)
+    model = make_wide(width)
+    sizes.append(sum(p.numel() for p in model.parameters()))
+    memory.append(matrix_free_bytes(model))
+    ways = {
+        name: partial(step, model)
+        for name, step in STEP.items()
+        if width <= LARGEST[name]
+    }
+    steps = [way() for way in ways.values()]
+    assert all(difference(steps[0], step) < 0.02 for step in steps)
+    for name, t in medians(ways, repeats=3).items():
+        seconds[name].append(t)
+
+n = torch.tensor(sizes)
+dense_memory, woodbury_memory = 4 * n.double() ** 2, 4 * 640 * n.double()
+GB = 1e9
+
+# %%
+
+# Draw seconds and memory over the number of parameters.
+fig, (left, right) = plt.subplots(2, 1, figsize=(5, 6), layout="constrained")
+bytes_of = dict(
+    zip(
+        STEP,
+        (torch.tensor(memory), woodbury_memory, dense_memory),
+        strict=True,
+    )
+)
+styles = zip(("blue", "green", "orange"), ("o-", "^-.", "s--"), strict=True)
+for name, (color, line) in zip(STEP, styles, strict=True):
+    style = {"c": COLORS[color], "ms": 4, "label": name}
+    left.loglog(n[: len(seconds[name])], seconds[name], line, **style)
+    right.loglog(n, bytes_of[name] / GB, line, **style)
+left.set(xlabel="parameters n", ylabel="seconds per step")
+right.axhline(16, color="gray", lw=1, ls=":")
+_ = right.text(n[0], 22, "16 GB", color="gray")
+right.set(xlabel="parameters n", ylabel="memory in GB", ylim=(1e-5, 1e5))
+right.legend(loc="upper left")
+_ = describe(
+    fig,
+    "Two panels over the number of parameters, from 250 to 250,000, both axes"
+    " logarithmic. The time of a dense step rises much more steeply than that"
+    " of a matrix-free one; so does its memory, which crosses 16 GB near"
+    " 60,000 parameters, where the matrix-free step needs a few MB. Woodbury's"
+    " lies between the two.",
+)
+
+# %%
+
+# Compare seconds and memory.
+first_too_large = sizes[(dense_memory > 16 * GB).int().argmax()]
+print(f"dense, {first_too_large:,} parameters: more than 16 GB")
+ours, theirs = memory[-1] / 1e6, woodbury_memory[-1] / 1e6
+print(f"{sizes[-1]:,} parameters: {ours:.0f} MB matrix-free, ", end="")
+print(f"{theirs:.0f} MB by Woodbury's formula")
+k = len(seconds["Woodbury"]) - 1
+slower = seconds["Woodbury"][k] / seconds["matrix-free"][k]
+print(f"at {sizes[k]:,} parameters, it takes {slower:.0f} times as long as CG")
+assert theirs > 10 * ours
+assert first_too_large < 200_000
+assert memory[-1] < 0.1 * GB
+assert dense_memory[-1] > 200 * GB
+
+# %%
+# All ways agree at the sizes that they reach. Twice the parameters take twice
+# the memory of the vectors, four times the memory of the matrix, and eight times
+# the operations of its factorization. A network of a hundred thousand parameters
+# is a small network, and its matrix no longer fits. The memory of Woodbury's
+# formula grows in proportion to the parameters, as the vectors do. But :math:`U`
+# has a row for each output of each image, and all rows have to be computed.
+#
+# What a tolerance on the whole network allows
+# --------------------------------------------
+#
+# CG stops once the residual is small *as a whole*, :math:`\lVert r \rVert \le
+# \mathrm{tol}\, \lVert b \rVert` (`when to stop
+# <plot_2_conjugate_gradients.html#when-to-stop>`__). The squared norm is a sum
+# over the layers, :math:`\lVert b \rVert^2 = \sum_l \lVert b_l \rVert^2`. So a
+# layer with a small share of the sum hardly counts. For the `tutorial's network
+# <plot_3_matrix_free_optimization.html>`__ before training: what is each layer's
+# share? And how long is each layer's part of the step, compared with the exact
+# step?
+
+NAMES = ["conv 1", "conv 2", "linear 1", "linear 2"]
+
+
+def products_of(blocks, model):
+    z = model(images)
+    return GGN(blocks(model)).backward(cross_entropy(z, labels), z)
+
+
+torch.manual_seed(0)
+model = make_model()
+(product,) = products_of(whole_network, model)
+b = -torch.cat([p.grad.flatten() for p in product.parameters])
+layer_sizes = [sum(p.numel() for p in layer) for layer in layers(model)]
+A = damped(product, 1e-3)
+
+
+def layer_norms(vector):
+    return torch.stack([part.norm() for part in vector.split(layer_sizes)])
+
+
+# %%
+
+share = layer_norms(b) ** 2 / b.norm() ** 2
+exact = layer_norms(cg(A, b, tol=1e-6).x)
+length = {}
+for tol in (0.1, 0.01):
+    result = cg(A, b, tol=tol)
+    length[tol] = layer_norms(result.x) / exact
+    print(f"tol {tol}: {result.solve.products} products")
+for i, name in enumerate(NAMES):
+    lengths = [f"{length[tol][i]:.3f}" for tol in length]
+    print(f"{name:8}: share {share[i]:.1e}, length", *lengths)
+
+# %%
+
+# Draw the shares, and the lengths of the steps.
+fig, (left, right) = plt.subplots(2, 1, figsize=(5, 5), layout="constrained")
+rows = torch.arange(4)
+left.barh(rows, share, color=COLORS["blue"])
+for tol, marker, color in ((0.1, "s", "green"), (0.01, "D", "purple")):
+    style = {"ms": 6, "c": COLORS[color], "label": f"tol {tol}"}
+    right.plot(length[tol], rows, marker, **style)
+    left.axvline(tol**2, c=COLORS[color], ls="--", label=f"tol² = {tol**2:g}")
+left.set(xscale="log", xlabel="share of ‖b‖²", yticks=rows)
+left.set(xlim=(1e-5, 1), yticklabels=NAMES)
+right.axvline(1, color="gray", lw=1)
+right.set(xscale="log", xlabel="length of step / of exact step")
+right.set(yticks=rows, yticklabels=NAMES)
+for ax in (left, right):
+    ax.legend(loc="best" if ax is right else "upper right")
+    ax.set_ylim(3.5, -0.5)
+_ = describe(
+    fig,
+    "Above: each layer's share of the squared right-hand side, on a logarithmic"
+    " scale. It grows from layer to layer; the last one has nine tenths, the"
+    " two convolutions together less than the squared tolerance 0.1. Below:"
+    " the length of each layer's step compared with the exact one. With"
+    " tolerance 0.01 all are close to 1, with tolerance 0.1 the convolutions'"
+    " steps are less than a hundredth as long.",
+)
+
+# %%
+# The last layer has nine tenths of :math:`\lVert b \rVert^2`. A tolerance of 0.1
+# lets a hundredth remain, and both convolutions together have less than a
+# hundredth. As far as the residual tells, the convolutions need not move, and
+# their steps are less than a hundredth as long as the exact steps. At a tolerance
+# of 0.01, the second convolution's share counts, and the whole step comes out
+# within a few percent. With a block per layer, a tolerance of 0.1 asks for a
+# digit of *each* layer's gradient.
+
+# Check shares and lengths.
+assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
+assert share[1] > 2 * 0.01**2
+assert (length[0.1][:2] < 0.01).all() and abs(length[0.1][3] - 1 / 8) < 0.03
+assert ((length[0.01] - 1).abs() < 0.05).all()
+
+# %%
+# The last layer alone
+# --------------------
+#
+# At a tolerance of 0.1, the last layer gets an eighth of its step, with nine
+# tenths of the gradient. Do the other layers cause this? Solve the last layer's
+# system alone, to the same tolerance, from three seeds. How long is the step, and
+# what part of the model's decrease does the step reach? And how strong is the
+# curvature :math:`p^\top A p / p^\top p` along the gradient, and along the
+# missing part of the step?
+
+SEEDS = range(3)
+for seed in SEEDS:
+    torch.manual_seed(seed)
+    last = products_of(layers, make_model())[-1]
+    A = damped(last, 1e-3)
+    b = -torch.cat([p.grad.flatten() for p in last.parameters])
+    exact, loose = cg(A, b, tol=1e-6), cg(A, b, tol=0.1)
+    missing = exact.x - loose.x
+    along = [(p @ A(p) / (p @ p)).item() for p in (b, missing)]
+    part = loose.x.norm() / exact.x.norm()
+    reaped = loose.solve.decrease / exact.solve.decrease
+    print(f"seed {seed}: length {part:.2f}, decrease {reaped:.2f}, ", end="")
+    print(f"curvature {along[0]:.2f} and {along[1]:.4f}")
+    assert part < 0.2 and reaped > 0.8
+    assert along[0] > 1 and along[1] < 1.5 * 1e-3
+
+# %%
+# The step is as short alone. The missing part lies along directions that hardly
+# curve beyond the damping of 0.001, a thousandth of the curvature along the
+# gradient. There, a long piece of the step leaves a small residual, :math:`r =
+# A\, (x - x_k)`, and adds little to the decrease.
+#
+# Does a tighter solve train better?
+# ----------------------------------
+#
+# Train at a tolerance of 0.01 for 16 steps, with `three kinds of blocks
+# <plot_5_any_architecture.html#blocks-parameter-layer-network>`__, from three
+# seeds:
+
+KINDS = {
+    "per parameter": per_parameter,
+    "per layer": layers,
+    "network": whole_network,
+}
+late = {}
+for label, blocks in KINDS.items():
+    late[label] = []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model, loader = make_model(), mnist_loader(64)
+        curvature = GGN(blocks(model))
+        options = {"lr": 0.2, "damping": 1e-3, "tol": 0.01}
+        optimizer = CGNOptimizer(model.parameters(), curvature, **options)
+        backward = curvature.backward
+        history = train(
+            model,
+            cross_entropy,
+            optimizer,
+            loader,
+            steps=16,
+            backward=backward,
+        )
+        late[label].append(statistics.median(history.loss[-5:]))
+    print(
+        f"{label:13}  late losses", *[f"{loss:6.2f}" for loss in late[label]]
+    )
+
+# %%
+# Blocks per layer train on every seed, to late losses below 2, where guessing
+# has 2.3. Of the six runs of the two other kinds, at least one blows up, to a
+# late loss above 3. A more exact solution of a model of one mini-batch is not a
+# safer step.
+
+# Check the late losses.
+assert max(late["per layer"]) < 2  # 0.3 to 1.3, by machine and rounding
+assert max(late["per parameter"] + late["network"]) > 3
+
+# %%
+# Check yourself
+# --------------
+#
+# .. fold:: How large is the dense matrix of 50,000 parameters in single precision,
+#     and how large are the gradient and the four vectors of CG?
+#
+#    10 GB, :math:`4 n^2` bytes, and 1 MB, :math:`5 \cdot 4 n` bytes.
+#
+# .. fold:: A network is solved as one block, to a tolerance of 0.1. A layer has half
+#     a percent of the squared gradient. Can the solve end before that layer
+#     moves?
+#
+#    Yes. One percent of the square may remain, :math:`\mathrm{tol}^2`, and the
+#    layer has less than that.
+#
+# .. fold:: Change the code: set the damping of the last layer's system to 1. What part
+#     of the exact step does a tolerance of 0.1 reach?
+#
+#    More than nine tenths, from each seed: with this damping, no direction
+#    curves much less than the gradient's.
+
+# Check the answers.
+n = 50_000
+assert (4 * n**2, 5 * 4 * n) == (10e9, 1e6)
+assert 0.005 < 0.1**2
+for seed in SEEDS:
+    torch.manual_seed(seed)
+    last = products_of(layers, make_model())[-1]
+    A = damped(last, 1.0)
+    b = -torch.cat([p.grad.flatten() for p in last.parameters])
+    part = cg(A, b, tol=0.1).x.norm() / cg(A, b, tol=1e-6).x.norm()
+    print(f"seed {seed}: length {part:.2f}")
+    assert part > 0.9
