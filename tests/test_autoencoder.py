@@ -4,7 +4,20 @@ from itertools import pairwise
 
 import pytest
 
+from cgn_tutorial.pages import autoencoder
 from cgn_tutorial.pages.autoencoder import train_autoencoder
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """Test on few images, which takes less time."""
+    load_images = autoencoder.load_images
+
+    def load_few(*, train):
+        images, labels = load_images(train=train)
+        return (images, labels) if train else (images[:500], labels[:500])
+
+    monkeypatch.setattr(autoencoder, "load_images", load_few)
 
 
 @pytest.mark.parametrize("options", [{"damping": None, "lr": 1e-3}, {"adapt_to": None}, {}])

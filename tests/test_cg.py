@@ -16,8 +16,6 @@ from torch import Tensor
 
 from cgn_tutorial import cg
 
-pytestmark = pytest.mark.versions
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -47,6 +45,7 @@ def iterates(system: System, **options: object) -> tuple[list[Tensor], object]:
 # Properties of every symmetric system.
 
 
+@pytest.mark.versions
 @many_systems()
 @given(linear_systems(), st.sampled_from([1e-2, 1e-5]), st.sampled_from([0.0, 1e-8]))
 def test_converged_means_that_the_residual_is_within_its_bound(system, tol, atol):
@@ -101,6 +100,7 @@ def test_result_is_a_descent_direction_from_zero(system, maxiter):
     assert slope > 0 or not system.b.any()
 
 
+@pytest.mark.versions
 @many_systems()
 @given(linear_systems(), st.sampled_from(["stop", "ignore"]))
 def test_never_changes_b_or_x0(system, negative_curvature):
@@ -120,6 +120,7 @@ def test_n_steps_suffice_for_n_unknowns(system):
     assert cg(system.A, system.b, system.x0, atol=0, maxiter=n).solve.converged
 
 
+@pytest.mark.versions
 @many_systems()
 @given(linear_systems(**TAME, condition=1e4, scales=(0.0, 1.0)))
 def test_agrees_with_a_direct_solve(system):
@@ -131,6 +132,7 @@ def test_agrees_with_a_direct_solve(system):
     assert (result.x - direct).norm().item() <= largest_inverse * residual
 
 
+@pytest.mark.versions
 @many_systems()
 @given(
     linear_systems(**TAME | {"starts": [None, "random"]}, condition=100, scales=(1.0,)),
@@ -227,6 +229,7 @@ def test_callback_sees_every_iterate():
     assert norms == pytest.approx(result.solve.residuals[1:])
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("shape", [(12,), (3, 4), (2, 3, 2), (3, 1, 4)])
 def test_solves_for_any_shape(shape):
     A, b = definite(12), vector(*shape)
@@ -235,6 +238,7 @@ def test_solves_for_any_shape(shape):
     assert torch.equal(shaped.x, flat.x.view(shape))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "b",
     [
@@ -253,12 +257,14 @@ def test_solves_for_any_layout(b):
     assert torch.equal(result.x, b / 2)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("alias", [lambda v: v, lambda v: v[:], lambda v: v.view(v.shape)])
 def test_product_may_return_its_argument(alias):
     b = vector(4)
     torch.testing.assert_close(cg(alias, b, torch.ones_like(b), M=alias).x, b)
 
 
+@pytest.mark.versions
 def test_never_tracks_gradients():
     A, b = definite(3).requires_grad_(), vector(3).requires_grad_()
     x0 = torch.zeros_like(b, requires_grad=True)
@@ -275,6 +281,7 @@ def test_never_tracks_gradients():
     assert not any(seen)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_works_in_the_dtype_and_on_the_device_of_b(dtype, device):
@@ -285,6 +292,7 @@ def test_works_in_the_dtype_and_on_the_device_of_b(dtype, device):
     assert residual <= (0.1 + 60 * torch.finfo(dtype).eps) * b.double().norm()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_types_have_the_range_of_float32(dtype):
     """Of 300,000 ones, the square of the norm and that of a norm above 255 overflow float16."""
@@ -298,6 +306,7 @@ def test_half_types_have_the_range_of_float32(dtype):
     assert torch.equal(cg(lambda v: v * 4, tiny, atol=0).x, tiny / 4)
 
 
+@pytest.mark.versions
 def test_definite_matrices_are_positive_in_bfloat16():
     diagonal = torch.tensor([1.0, 1000.0], dtype=torch.bfloat16)
     b = torch.tensor([1000**0.5, 1.0], dtype=torch.bfloat16)
@@ -339,6 +348,7 @@ def test_identity_as_preconditioner_changes_no_bit():
     assert plain.solve.residuals == preconditioned.solve.residuals
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("start", [None, vector(8)])
 def test_exact_inverse_as_preconditioner_takes_one_iteration(start):
     A, b = definite(8, decades=6), vector(8)
@@ -424,6 +434,7 @@ def test_converged_is_true_of_the_residual_itself_where_scipys_is_not(matrix, to
     assert residual(ours.x) <= 3 * residual(torch.from_numpy(theirs))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [10, 20, 40, 80])
 def test_systems_without_a_solution_do_not_converge(n, dtype):
@@ -457,6 +468,7 @@ def test_a_callback_that_returns_true_ends_the_solve():
     assert torch.equal(result.x, seen[-1])
 
 
+@pytest.mark.versions
 def test_a_and_m_may_differentiate():
     w = torch.linspace(1, 3, 5, dtype=torch.float64)
 
@@ -516,6 +528,7 @@ def test_curvature_is_compared_with_rounding_not_with_zero(scale):
         assert cg(lambda u: scale * v * (v @ u), b, atol=0).solve.reason == "negative curvature"
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("seed", range(10))
 def test_ignoring_negative_curvature_follows_scipy(seed):
     random = np.random.default_rng(seed)
@@ -541,6 +554,7 @@ def test_ignoring_zero_curvature_ends_in_a_breakdown():
     assert torch.equal(result.x, b)
 
 
+@pytest.mark.versions
 def test_step_that_overflows_ends_in_a_breakdown():
     A, b = torch.tensor([[0, 1e18], [1e18, 0]]), torch.tensor([1, 1e-30])
     result = cg(lambda v: A @ v, b, negative_curvature="ignore")
@@ -564,6 +578,7 @@ def faulty(fault: float, call: int):
     return product
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("iteration", [1, 3])
 def test_numbers_from_A_that_are_not_finite_raise_an_error_that_says_when(fault, iteration):
@@ -617,6 +632,7 @@ def test_values_out_of_range_raise_an_error_that_names_them(options, message):
         cg(**{"A": torch.clone, "b": torch.ones(3)} | options)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("options", "message"),
     [

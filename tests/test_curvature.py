@@ -45,10 +45,7 @@ BLOCKS: dict[str, Callable[[nn.Module], object]] = {
     "own": lambda model: [list(model.parameters())[::-2], list(model.parameters())[-2::-2]],
 }
 # torch.func brings some of its forward-mode formulas as scripts.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated"),
-    pytest.mark.versions,
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated")
 
 Inputs = Tensor | tuple[Tensor, ...]
 LossFunction = Callable[[Tensor], Tensor]
@@ -169,6 +166,7 @@ def test_products_and_gradients_agree_with_backpack(
     assert_agreement_with_backpack(model, inputs, loss_type(), targets, curvature_type)
 
 
+@pytest.mark.versions
 def test_products_of_the_tutorial_model_agree_with_backpack(
     dtype: torch.dtype, curvature_type: type[Curvature]
 ) -> None:
@@ -329,6 +327,7 @@ def _exact_attention() -> Iterator[None]:
         yield
 
 
+@pytest.mark.versions
 @pytest.mark.usefixtures("_exact_attention")
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("name", MODELS)
@@ -369,6 +368,7 @@ CONVOLUTIONS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_products_take_any_convolution(name: str, curvature_type: type[Curvature]) -> None:
     layer, inputs = CONVOLUTIONS[name]()
@@ -509,6 +509,7 @@ def counted() -> tuple[nn.Module, Tensor]:
     return Model().double(), images(4, 3)
 
 
+@pytest.mark.versions
 def test_gradient_and_products_share_one_backward_pass(
     counted: tuple[nn.Module, Tensor], curvature_type: type[Curvature]
 ) -> None:
@@ -520,6 +521,7 @@ def test_gradient_and_products_share_one_backward_pass(
     assert Counted.calls["backward"] == 1
 
 
+@pytest.mark.versions
 def test_a_product_passes_through_what_lies_above_its_block_only(
     counted: tuple[nn.Module, Tensor], curvature_type: type[Curvature]
 ) -> None:
@@ -533,6 +535,7 @@ def test_a_product_passes_through_what_lies_above_its_block_only(
     assert Counted.calls["backward"] > before
 
 
+@pytest.mark.versions
 def test_a_kernels_product_takes_one_convolution_more_than_needed_per_layer_above() -> None:
     class Convolutions(TorchDispatchMode):
         def __torch_dispatch__(
@@ -564,6 +567,7 @@ def test_a_kernels_product_takes_one_convolution_more_than_needed_per_layer_abov
         assert calls == expected
 
 
+@pytest.mark.versions
 def test_gradients_are_those_of_backward_for_every_leaf(curvature_type: type[Curvature]) -> None:
     model, x = ResidualNet().double(), images(4, 1, 6, 6).requires_grad_()
     leaves = [*model.parameters(), x]
@@ -577,6 +581,7 @@ def test_gradients_are_those_of_backward_for_every_leaf(curvature_type: type[Cur
         assert not leaf.grad.requires_grad
 
 
+@pytest.mark.versions
 def test_gradients_accumulate_in_place(curvature_type: type[Curvature]) -> None:
     model, x = nn.Linear(3, 3).double(), images(4, 3)
     curvature = curvature_type(model.parameters())
@@ -600,6 +605,7 @@ def test_changing_a_gradient_in_place_changes_neither_products_nor_other_gradien
     assert_close(matrix_of(products[0]), expected)
 
 
+@pytest.mark.versions
 def test_hooks_of_a_parameter_reach_its_gradient_once_and_its_products_never(
     curvature_type: type[Curvature],
 ) -> None:
@@ -619,6 +625,7 @@ def test_hooks_of_a_parameter_reach_its_gradient_once_and_its_products_never(
     assert any(g is model[0].weight.grad for g in seen)
 
 
+@pytest.mark.versions
 def test_an_output_with_a_hook_is_refused() -> None:
     model = nn.Linear(3, 3)
     z = model(torch.randn(4, 3))
@@ -628,6 +635,7 @@ def test_an_output_with_a_hook_is_refused() -> None:
     assert model.weight.grad is None
 
 
+@pytest.mark.versions
 def test_a_sparse_gradient_is_refused(curvature_type: type[Curvature]) -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3))
     with pytest.raises(RuntimeError, match=r"shape \[5, 3\] is sparse.*sparse=False"):
@@ -738,6 +746,7 @@ def test_a_step_solves_the_dense_system_of_each_block(
         assert not any(hasattr(p, curvature.savefield) for p in parameters)
 
 
+@pytest.mark.versions
 def test_a_step_on_blocks_of_one_parameter_is_the_step_on_backpack() -> None:
     inputs, targets = torch.randn(8, 1, 28, 28), torch.randint(10, (8,))
     ours = make_model().double()
@@ -756,6 +765,7 @@ def test_a_step_on_blocks_of_one_parameter_is_the_step_on_backpack() -> None:
         assert_close(p, q, 1e-10)
 
 
+@pytest.mark.versions
 def test_a_step_frees_the_graph_without_the_garbage_collector(
     curvature_type: type[Curvature],
 ) -> None:
@@ -846,6 +856,7 @@ def test_vectors_of_another_shape_or_dtype_are_refused(curvature_type: type[Curv
         product(torch.randn(1, 12).double())
 
 
+@pytest.mark.versions
 def test_a_product_refuses_to_outlive_its_parameters_and_its_graph(
     curvature_type: type[Curvature],
 ) -> None:
@@ -877,6 +888,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(x, x, x)
 
 
+@pytest.mark.versions
 def test_fused_attention_is_named_with_its_remedy(curvature_type: type[Curvature]) -> None:
     model, x = Attention(), torch.randn(2, 3, 4)
     optimizer = CGNOptimizer(model.parameters(), curvature_type([model.parameters()]))
@@ -893,6 +905,7 @@ def test_fused_attention_is_named_with_its_remedy(curvature_type: type[Curvature
     assert not torch.equal(model.inner.weight, before)
 
 
+@pytest.mark.versions
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
 @pytest.mark.parametrize("part", ["model", "loss"])
 def test_what_is_compiled_is_refused_with_its_remedy(
@@ -910,6 +923,7 @@ def test_what_is_compiled_is_refused_with_its_remedy(
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.versions
 def test_an_operation_without_second_derivatives_is_named(
     curvature_type: type[Curvature],
 ) -> None:
@@ -924,6 +938,7 @@ def test_an_operation_without_second_derivatives_is_named(
         product(torch.randn(1, 12))
 
 
+@pytest.mark.versions
 def test_other_errors_of_torch_come_through_as_they_are() -> None:
     class Broken(torch.autograd.Function):
         @staticmethod
@@ -944,6 +959,7 @@ def test_other_errors_of_torch_come_through_as_they_are() -> None:
         product(torch.randn(1, 12))
 
 
+@pytest.mark.versions
 @pytest.mark.gpu
 def test_a_cudnn_rnn_is_named_with_its_remedy(curvature_type: type[Curvature]) -> None:
     model, x = Recurrent().cuda(), torch.randn(4, 3, 2, device="cuda")
@@ -970,6 +986,7 @@ def test_the_page_on_contributing_makes_a_third_curvature() -> None:
 # ------------------------------------------------------------------------------------- copies
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_a_model_and_its_curvature_belong_together(
     curvature_type: type[Curvature], how: str
@@ -1037,6 +1054,7 @@ def test_a_loss_that_is_no_tensor_is_refused(curvature_type: type[Curvature]) ->
         curvature_type(model.parameters()).backward(z.square().sum().item(), z)
 
 
+@pytest.mark.versions
 def test_many_outputs_take_one_walk_over_the_graph() -> None:
     model = nn.Linear(3, 1).double()
 
@@ -1066,6 +1084,7 @@ def test_many_outputs_have_the_product_of_the_stacked_one() -> None:
 # --------------------------------------------------------------------------- unusual parameters
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_block_of_several_dtypes_takes_vectors_of_the_widest(
     curvature_type: type[Curvature], order: int
@@ -1093,6 +1112,7 @@ def test_a_block_of_several_dtypes_takes_vectors_of_the_widest(
     assert_close(C, matrix_of(expected), 1e-5)
 
 
+@pytest.mark.versions
 def test_a_complex_parameter_as_real_behind_an_odd_number_of_others(
     curvature_type: type[Curvature],
 ) -> None:
@@ -1125,6 +1145,7 @@ class Nothing(torch.autograd.Function):
         return None
 
 
+@pytest.mark.versions
 def test_a_convolution_whose_gradient_ends_has_no_curvature(
     curvature_type: type[Curvature],
 ) -> None:
@@ -1207,6 +1228,7 @@ UNSEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", UNSEEN)
 def test_curvature_that_autograd_does_not_see_is_refused(
     curvature_type: type[Curvature], dtype: torch.dtype, case: str
@@ -1234,6 +1256,7 @@ def test_gradients_without_curvature_are_not_refused(curvature_type: type[Curvat
     assert_close(b.grad, torch.full((3,), 2.0, dtype=torch.float64))
 
 
+@pytest.mark.versions
 def test_a_model_under_autocast_or_at_its_minimum_is_not_refused(
     curvature_type: type[Curvature],
 ) -> None:
@@ -1260,6 +1283,7 @@ def weight_norm() -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 3)).double()
 
 
+@pytest.mark.versions
 def test_the_hessian_of_weight_norm_is_refused_and_the_ggn_is_right() -> None:
     model, x = weight_norm(), images(8, 3)
     targets = torch.arange(8) % 3
@@ -1282,6 +1306,7 @@ def test_the_hessian_of_weight_norm_is_refused_and_the_ggn_is_right() -> None:
         GGN([w]).backward((z := 2 * w).sum() * torch._weight_norm(z[None], z[:1, None]).sum(), z)
 
 
+@pytest.mark.versions
 def test_weight_norm_written_out_has_a_hessian() -> None:
     class Written(nn.Module):
         def __init__(self) -> None:
@@ -1326,6 +1351,7 @@ def ctc(log_p: Tensor, target: Tensor) -> Tensor:
     return -alpha[-2:].logsumexp(0) / len(target)
 
 
+@pytest.mark.versions
 def test_ctc_written_out_has_a_ggn() -> None:
     model, x, target = nn.Linear(3, 4).double(), images(6, 3), torch.tensor([1, 1, 3])
 
@@ -1432,6 +1458,7 @@ def test_restrict_refuses_what_makes_no_sense_and_changes_nothing() -> None:
     assert torch.equal(model.weight.grad, g)
 
 
+@pytest.mark.versions
 def test_pruned_weights_stay_pruned_and_have_the_right_products(
     curvature_type: type[Curvature],
 ) -> None:

@@ -11,8 +11,6 @@ import torch
 from cgn_tutorial.pages import load_mnist, load_published_run, mnist_loader
 from cgn_tutorial.pages.data import MNIST_MEAN, MNIST_STD
 
-pytestmark = pytest.mark.versions
-
 BUNDLED = resources.files("cgn_tutorial.pages") / "mnist"
 
 
@@ -26,6 +24,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("train", "size"), [(True, 60_000), (False, 10_000)])
 def test_the_bundled_copy_is_all_of_mnist_normalised(train, size):
     images, labels = load_mnist(train).tensors
@@ -41,6 +40,7 @@ def test_the_bundled_copy_is_all_of_mnist_normalised(train, size):
         assert pixels.double().std() == pytest.approx(MNIST_STD, abs=5e-5)
 
 
+@pytest.mark.versions
 def test_loading_writes_nothing(monkeypatch):
     def refuse(path, mode="r", *args, **kwargs):
         assert not set(mode) & set("wax+")
@@ -52,6 +52,7 @@ def test_loading_writes_nothing(monkeypatch):
     assert len(load_mnist(train=False)) == 10_000
 
 
+@pytest.mark.versions
 def test_a_root_in_torchvisions_layout_gives_the_same_data(root):
     for ours, theirs in zip(
         load_mnist(False).tensors, load_mnist(False, root).tensors, strict=True
@@ -66,6 +67,7 @@ def test_a_root_may_begin_with_a_tilde(root, monkeypatch):
     assert torch.equal(images, load_mnist(False).tensors[0])
 
 
+@pytest.mark.versions
 def test_unzipped_files_are_read_too(root):
     zipped = root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"
     zipped.with_suffix("").write_bytes(gzip.decompress(zipped.read_bytes()))
@@ -129,6 +131,7 @@ def test_a_damaged_file_is_refused_by_name(root, how, found):
         load_mnist(train=False, root=root)
 
 
+@pytest.mark.versions
 def test_the_loader_draws_from_torchs_global_generator():
     loader = mnist_loader(64, train=False)
     order = []

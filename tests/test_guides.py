@@ -38,28 +38,25 @@ def test_the_examples_of_a_guide_run(page, monkeypatch):
 
 @pytest.mark.parametrize("name", ["images", "table", "text"])
 def test_newton_steps_end_lower_than_as_many_of_sgd_at_its_best_rate(name):
+    """From one seed; of three seeds the table tells, which `test_tables` reads."""
     plain, newton = load(name), load(f"{name}_cgn")
-    by_rate = {rate: [plain(rate, seed=seed) for seed in SEEDS] for rate in RATES["SGD"]}
-    best = min(statistics.median(losses) for losses in by_rate.values() if max(losses) < math.inf)
-    assert statistics.median(newton(seed=seed) for seed in SEEDS) < 0.95 * best
-    rates = [rate for rate, losses in by_rate.items() if statistics.median(losses) == best]
-    assert rates != [RATES["SGD"][0]]  # smaller ones would be no better
+    losses = {rate: plain(rate, seed=0) for rate in RATES["SGD"]}
+    best = min(filter(math.isfinite, losses.values()))
+    assert newton(seed=0) < 0.95 * best
+    assert losses[RATES["SGD"][0]] > best  # smaller ones would be no better
 
 
 @pytest.mark.parametrize("name", ["images", "table_cgn", "table_backpack"])
 def test_the_time_of_a_loop_is_that_of_its_steps(name, monkeypatch):
     monkeypatch.setattr("time.perf_counter", itertools.count().__next__)
-    losses, took = runs(load(name), 5, SEEDS, lr=0.1)
-    assert losses == [load(name)(steps=5, seed=seed, lr=0.1) for seed in SEEDS]
+    losses, took = runs(load(name), 5, range(2), lr=0.1)
+    assert losses == [load(name)(steps=5, seed=seed, lr=0.1) for seed in range(2)]
     assert took == 5
 
 
 def test_products_of_backpack_end_as_low_as_those_of_autograd():
     backpack, autograd = load("table_backpack"), load("table_cgn")
-    losses = [
-        statistics.median(train(seed=seed) for seed in SEEDS) for train in (backpack, autograd)
-    ]
-    assert losses[0] < 1.5 * losses[1]
+    assert backpack(seed=0) < 1.5 * autograd(seed=0)
 
 
 @pytest.mark.parametrize("name", ["images_cgn", "table_cgn", "table_backpack", "text_cgn"])

@@ -10,6 +10,7 @@ import http.server
 import re
 import shutil
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,13 +22,23 @@ collect_ignore = ["test_downloads.py"]
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "_build" / "html"
 PAGES = sorted(
-    path.relative_to(SITE).as_posix()
-    for path in SITE.rglob("*.html")
-    if "_static" not in path.relative_to(SITE).parts
+    (
+        path.relative_to(SITE).as_posix()
+        for path in SITE.rglob("*.html")
+        if "_static" not in path.relative_to(SITE).parts
+    ),
+    key=lambda path: (path.startswith("_modules/"), path),
 )
+#: The pages that somebody wrote, the first of all: no listings of source.
+WRITTEN = [path for path in PAGES if not path.startswith("_modules/")]
+#: The pages of the tutorial, which are programs.
+TUTORIAL = [f"auto_examples/{path.stem}.html" for path in sorted(ROOT.glob("examples/plot_*.py"))]
 #: The address that the site is built for, which its page for missing ones starts from, if any.
 BASE = "".join(re.findall(r'<base href="(.*?)"', (SITE / "404.html").read_text())) if PAGES else ""
+#: One page stands for all where these cannot differ: the largest.
+MAIN = next(path for path in TUTORIAL if "/plot_3_" in path)
 TALLY: collections.Counter[str] = collections.Counter()
+CLIPBOARD = ["clipboard-read", "clipboard-write"]
 
 
 def pytest_addoption(parser):
@@ -42,8 +53,6 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    if "path" in metafunc.fixturenames:
-        metafunc.parametrize("path", PAGES)
     if "address" in metafunc.fixturenames:
         metafunc.parametrize("address", ["http", "file"], indirect=True)
 
@@ -108,9 +117,12 @@ def file(url):
     return SITE / (urlsplit(url.removeprefix(BASE)).path or "index.html")
 
 
-@pytest.fixture
-def visit(chromium):
-    """Open pages in a browser that has seen none before; problems collects what goes wrong."""
+@contextmanager
+def visits(chromium):
+    """A function that opens pages in a browser that has seen none before, until the end.
+
+    The page's list `problems` collects what goes wrong.
+    """
     contexts = []
 
     def visit(url, **options):
@@ -130,9 +142,27 @@ def visit(chromium):
         page.evaluate("document.fonts.ready")
         return page
 
-    yield visit
-    for context in contexts:
-        context.close()
+    try:
+        yield visit
+    finally:
+        for context in contexts:
+            context.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open pages for one test."""
+    with visits(chromium) as visit:
+        yield visit
+
+
+@pytest.fixture(scope="module")
+def opened(request, chromium, server):
+    """A page on the server, opened once for all tests of a module, which leave it as they like."""
+    with visits(chromium) as visit:
+        page = visit(f"{server}/{request.param}", permissions=CLIPBOARD)
+        page.path = request.param
+        yield page
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
-"""Every page, as a browser shows it: over HTTP and from files, light and dark, wide and narrow."""
+"""Every page, as a browser shows it: over HTTP and from files, light and dark, wide and narrow.
+
+A page is opened once on the server, and all tests look at that. From a file it is opened again.
+"""
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import BASE, PAGES
+from conftest import BASE, MAIN, PAGES, SITE, WRITTEN
 
-WRITTEN = [path for path in PAGES if not path.startswith("_modules/")]  # no listings of source
 THEMES = ("light", "dark")
 WIDTHS = (1280, 375)
-MAIN = "auto_examples/plot_3_matrix_free_optimization.html"
 
 #: What a page shows, in one look, with all its folds open. Text is what is neither code nor a
 #: formula. Words are those of the article without the figures to move, which are pictures without
@@ -69,19 +70,31 @@ async () => {
 }
 """
 
-#: What can differ between the themes, on a screen of any width.
+#: What can differ between the themes, and not with the width of the screen.
 RULES_ABOUT_COLOUR = ["color-contrast", "link-in-text-block"]
+NO_COLOUR = {"rules": {rule: {"enabled": False} for rule in RULES_ABOUT_COLOUR}}
+#: What axe looks for, at which width and in which theme.
+LOOKS = [
+    (WIDTHS[1], "light", NO_COLOUR),
+    (WIDTHS[0], "light", {}),
+    (WIDTHS[0], "dark", {"runOnly": RULES_ABOUT_COLOUR}),
+]
 
-#: Colour contrast depends on a token's class alone: axe looks at one of each, or it takes minutes.
-THIN_OUT_CODE = """
+#: Of what is alike, axe looks at a few, or it takes minutes: the contrast of a token depends on its
+#: class alone, that of a formula is the text's, and rows without links are like a table's first.
+THIN_OUT = """
 () => {
   for (const fold of document.querySelectorAll("details.fold")) fold.open = true;
   const seen = new Set();
-  for (const token of [...document.querySelectorAll(".highlight span[class]")]) {
+  for (const token of [...document.querySelectorAll(":is(.highlight, dt.sig) span[class]")]) {
     const kind = token.className + Boolean(token.closest(".sphx-glr-script-out"));
-    if (seen.has(kind) && !token.closest("a")) token.replaceWith(...token.childNodes);
+    if (seen.has(kind) && !token.matches("a *, :has(a, button)"))
+      token.replaceWith(...token.childNodes);
     seen.add(kind);
   }
+  for (const formula of document.querySelectorAll("math")) formula.textContent += "";
+  for (const row of document.querySelectorAll("tbody > tr:nth-child(n + 4)"))
+    if (!row.querySelector("a, button, math, th")) row.remove();
   document.body.normalize();
 }
 """
@@ -98,11 +111,11 @@ def check(look, theme, tally):
     assert look["raw"] == []
     assert look["broken"] == []
     assert look["figures"] == {"light": 0, "dark": 0} | {theme: look["pairs"]}
-    tally("page × theme × width × address: no sideways scroll, no raw markup, no broken image")
+    tally("page × theme × width: no sideways scroll, no raw markup, no broken image")
     if look["formulas"]:
-        tally("formulas × theme × width × address: visible, in their font", look["formulas"])
+        tally("formulas × theme × width: visible, in their font", look["formulas"])
     if look["pairs"]:
-        tally("figures × theme × width × address: in the theme's version alone", look["pairs"])
+        tally("figures × theme × width: in the theme's version alone", look["pairs"])
 
 
 def ours(page, address):
@@ -113,61 +126,74 @@ def ours(page, address):
     assert page.problems == []
 
 
-def test_page(path, address, visit, tally, request):
-    http = address.startswith("http")
-    page = visit(f"{address}/{path}")
+every_page = pytest.mark.parametrize("opened", PAGES, indirect=True)
+written_pages = pytest.mark.parametrize("opened", WRITTEN, indirect=True)
+
+
+def show(page, width, theme):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=theme)
+    page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+
+
+@every_page
+def test_page(opened, server, visit, tally, request):
     looks = []
-    for width in WIDTHS if http else WIDTHS[:1]:  # the address does not change the layout
-        page.set_viewport_size({"width": width, "height": 900})
+    for width in WIDTHS:
         for theme in THEMES:
-            page.emulate_media(color_scheme=theme)
-            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
-            page.evaluate(LOAD_ALL)
-            looks.append(page.evaluate(LOOK))
+            show(opened, width, theme)
+            opened.evaluate(LOAD_ALL)
+            looks.append(opened.evaluate(LOOK))
             check(looks[-1], theme, tally)
-            if http and len(looks) == 1:
-                total = sum(int(response.headers["content-length"]) for response in page.responses)
-                assert 0 < total < (1_500_000 if path == MAIN else 2_500_000)
+            if len(looks) == 1:
+                lengths = (response.headers["content-length"] for response in opened.responses)
+                assert (
+                    0 < sum(map(int, lengths)) < (1_500_000 if opened.path == MAIN else 2_500_000)
+                )
                 tally("page: bytes within the limit")
             if folder := request.config.getoption("--shots"):
-                name = f"{path.replace('/', '-')}.{theme}.{width}.png"
-                page.screenshot(path=folder / name, full_page=True)
-    ours(page, address)
-    tally("page × address: no error, no request to another host")
+                name = f"{opened.path.replace('/', '-')}.{theme}.{width}.png"
+                opened.screenshot(path=folder / name, full_page=True)
+    ours(opened, server)
+    tally("page: no error, no request to another host")
 
-    page = visit(f"{address}/{path}", java_script_enabled=False, color_scheme="dark")
+    page = visit(f"{server}/{opened.path}", java_script_enabled=False, color_scheme="dark")
     look = page.evaluate(LOOK)
     check(look | {"broken": []}, "light", lambda *_: None)  # pictures load as they scroll into view
-    looks.append(look)
-    assert len({look["words"] for look in looks}) == 1
-    tally("page × address: reads the same without JavaScript")
+    assert {look["words"] for look in looks} == {look["words"]}
+    tally("page: reads the same without JavaScript")
 
 
-@pytest.mark.parametrize("written", WRITTEN)
-def test_page_is_accessible(written, server, visit, tally):
-    for width, themes in ((WIDTHS[0], THEMES), (WIDTHS[1], THEMES[:1])):
-        page = visit(f"{server}/{written}", viewport={"width": width, "height": 900})
-        page.evaluate(THIN_OUT_CODE)
-        for theme in themes:
-            page.emulate_media(color_scheme=theme)
-            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
-            options = {"resultTypes": ["violations"], "preload": False}
-            if theme == "dark":
-                options["runOnly"] = RULES_ABOUT_COLOUR
-            found = Axe().run(page, options=options)
-            assert [
-                (violation["id"], [node["html"] for node in violation["nodes"]])
-                for violation in found.response["violations"]
-            ] == []
-            tally("page × theme, or width: axe-core without a violation")
+@pytest.mark.parametrize("path", WRITTEN)
+def test_page_from_a_file(path, visit, tally):
+    """What the address decides is whether scripts, fonts and pictures load, not the layout."""
+    page = visit(f"{SITE.as_uri()}/{path}")
+    show(page, WIDTHS[0], "light")
+    page.evaluate(LOAD_ALL)
+    check(page.evaluate(LOOK), "light", tally)
+    ours(page, SITE.as_uri())
+    tally("page from a file: no error, no request to another host")
 
 
-@pytest.mark.parametrize("written", WRITTEN)
-def test_keyboard_reaches_everything(written, server, visit, tally):
-    page = visit(f"{server}/{written}")
-    page.evaluate("document.activeElement.blur()")
-    expected = page.evaluate("""
+@written_pages
+def test_page_is_accessible(opened, tally):
+    opened.evaluate(THIN_OUT)
+    for width, theme, rules in LOOKS:
+        show(opened, width, theme)
+        found = Axe().run(opened, options={"resultTypes": ["violations"], "preload": False} | rules)
+        assert [
+            (violation["id"], [node["html"] for node in violation["nodes"]])
+            for violation in found.response["violations"]
+        ] == []
+        tally("page × theme, or width: axe-core without a violation")
+
+
+@written_pages
+def test_keyboard_reaches_everything(opened, tally):
+    show(opened, WIDTHS[0], "light")
+    expected = opened.evaluate("""
         () => {
+          for (const fold of document.querySelectorAll("details.fold")) fold.open = false;
           const all = document.querySelectorAll("a[href], button, input, summary, [tabindex='0']");
           window.missing = new Set([...all].filter((element) => element.checkVisibility()
               && !element.disabled && element.tabIndex >= 0));
@@ -178,14 +204,15 @@ def test_keyboard_reaches_everything(written, server, visit, tally):
             if (style.opacity < 0.5 || style.visibility === "hidden")
               window.unseen.push(target.outerHTML);
           });
+          document.activeElement.blur();
           return window.missing.size;
         }""")
     for presses in range(2 * expected + 20):  # boxes that scroll stop the Tab key, too
-        page.keyboard.press("Tab")
-        if presses % 10 == 9 and not page.evaluate("window.missing.size"):
+        opened.keyboard.press("Tab")
+        if presses % 10 == 9 and not opened.evaluate("window.missing.size"):
             break
-    assert page.evaluate("[...window.missing].map((element) => element.outerHTML)") == []
-    assert page.evaluate("window.unseen") == []
+    assert opened.evaluate("[...window.missing].map((element) => element.outerHTML)") == []
+    assert opened.evaluate("window.unseen") == []
     tally("links, buttons and fields: reached by the keyboard, and seen there", expected)
 
 

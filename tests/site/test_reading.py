@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 from bs4 import BeautifulSoup
-from conftest import BASE, PAGES, SITE
+from conftest import BASE, PAGES, ROOT, SITE, TUTORIAL
 
 PAPER = {"light": "#ffffff", "dark": "#14181e"}  # the themes' backgrounds
 FIGURES = sorted(
@@ -26,6 +26,7 @@ def anchors(path):
     return {element["id"] for element in soup(path).find_all(id=True)} | {""}
 
 
+@pytest.mark.parametrize("path", PAGES)
 def test_links_within_the_site_lead_somewhere(path, tally):
     count = 0
     for element in soup(path).find_all(["a", "link", "img", "script"]):
@@ -39,6 +40,16 @@ def test_links_within_the_site_lead_somewhere(path, tally):
             assert unquote(target.fragment) in anchors(file), url
         count += 1
     tally("links within the site: lead to a file, and to a place in it", count)
+
+
+@pytest.mark.parametrize("page", TUTORIAL)
+def test_downloads_are_the_pages_program(page, tally):
+    name = page.removeprefix("auto_examples/").removesuffix(".html")
+    for file, source in ((f"{name}.py", "examples"), (f"{name}.ipynb", "docs/auto_examples")):
+        (link,) = soup(page).select(f".sphx-glr-download a[href$='/{file}']")
+        there = unquote(urljoin(f"/{page}", link["href"])).lstrip("/")
+        assert (SITE / there).read_bytes() == (ROOT / source / file).read_bytes()
+        tally("downloads: the right bytes")
 
 
 @pytest.mark.parametrize("read", READ)
