@@ -7,7 +7,6 @@ import itertools
 import math
 import re
 import runpy
-import statistics
 import sys
 from collections import Counter
 from pathlib import Path

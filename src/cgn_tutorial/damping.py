@@ -28,12 +28,11 @@ class LevenbergMarquardt:
     and changes the damping of all parameters. If the loss is not lower after a step, the rule takes
     the step back. L includes the penalty of the optimizer's `weight_decay`. There are two rules:
 
-        "martens"   λ ← 2/3 λ if ρ > 3/4, a good model;  λ ← 3/2 λ if ρ < 1/4, a bad model.
-        "nielsen"   λ ← max(1/3, 1 − (2ρ − 1)³) λ if ρ > 0;  else λ ← ν λ, with ν = 2, 4, 8, … from
-                    one such step to the next.
-
-    "martens" changes λ slowly, as losses of mini-batches ask for. "nielsen" lets λ fall by powers
-    of ten in a few steps, as exact losses of least squares allow.
+    - `"martens"`: λ ← 2/3 λ if ρ > 3/4, a good model; λ ← 3/2 λ if ρ < 1/4, a bad model. This rule
+      changes λ slowly, as losses of mini-batches ask for.
+    - `"nielsen"`: λ ← max(1/3, 1 − (2ρ − 1)³) λ if ρ > 0; else λ ← ν λ, with ν = 2, 4, 8, … from
+      one such step to the next. λ may fall by powers of ten in a few steps, as exact losses of
+      least squares allow.
 
     Compute both losses on the batch of the gradient and the curvature, several hundred samples or
     more. With losses on another batch, the λ of most runs in the tutorial grew until nothing moved.
