@@ -5,14 +5,14 @@ import json
 import math
 import re
 import statistics
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import experiments
 import pytest
-from experiments import GOALS, RATES, RATES_STEPS, SEEDS, WORKLOADS, finalists, first
+from experiments import FEW_SEEDS, GOALS, SEEDS, SPACES, WORKLOADS, best, outcome, settings_of
 
-from cgn_tutorial.pages.races import Setting, race
+from cgn_tutorial.pages.races import Setting, load_experiments, race
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -35,20 +35,30 @@ def rows(path):
 
 
 def test_every_run_is_kept():
-    jobs = [
-        *experiments.tuning_jobs(quick=False),
-        *experiments.other_jobs(quick=False),
-        *experiments.final_jobs(FOUND, quick=False),
-    ]
+    jobs = [*experiments.other_jobs(quick=False), *experiments.cost_jobs(FOUND, quick=False)]
+    for network in WORKLOADS:
+        jobs += experiments.search_jobs(network, quick=False)
+        jobs += experiments.final_jobs(FOUND, network, quick=False)
     assert {job.key for job in jobs} == set(FOUND)
 
 
-def test_the_tables_are_those_of_the_runs():
-    tables = dict(experiments.race_tables(FOUND, quick=False))
-    assert len(tables) == len(WORKLOADS)
-    for name, table in tables.items():
-        kept = rows(f"experiments/{name}.csv")
-        assert kept == [dict.fromkeys(kept[0], "") | row for row in table]
+@pytest.mark.parametrize("network", WORKLOADS)
+def test_the_tables_are_those_of_the_runs(network):
+    kept = rows(f"experiments/{network.lower().replace(' ', '_')}.csv")
+    table = experiments.race_table(FOUND, network, quick=False)
+    assert kept == [dict.fromkeys(kept[0], "") | row for row in table]
+
+
+@pytest.mark.parametrize("name", ["ablation", "costs"])
+def test_the_short_tables_are_those_of_the_runs(name):
+    make = {"ablation": experiments.ablation_table, "costs": experiments.cost_table}[name]
+    kept = rows(f"experiments/{name}.csv")
+    assert kept == [dict.fromkeys(kept[0], "") | row for row in make(FOUND, quick=False)]
+
+
+def test_what_page_4_shows_are_the_runs():
+    kept = json.dumps(experiments.records(FOUND, quick=False), sort_keys=True)
+    assert kept == json.dumps(load_experiments(), sort_keys=True)
 
 
 def test_every_table_and_figure_is_shown():
@@ -60,36 +70,28 @@ def test_every_table_and_figure_is_shown():
     assert len(shown) > 8
 
 
-@cache
-def best(workload):
-    """For each way and goal, the setting that tuning chose."""
-    return experiments.best(FOUND, workload, quick=False)
-
-
-def finals(workload, setting):
-    """The tests of a setting that was chosen, for each seed."""
-    k = finalists(FOUND, workload, quick=False).index(setting)
-    return [FOUND[f"race {workload} {seed}"][k]["tests"] for seed in SEEDS]
+def chosen(network, contender, goal):
+    """The setting that tuning chose."""
+    return settings_of(network, contender)[best(FOUND, network, contender)[goal]]
 
 
 def page_settings():
-    """`BEST` of page 4, from the cell that defines it."""
-    (cell,) = re.findall(r"^BUDGET = .+?^}$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    """The settings on page 4, from the cell that defines them."""
+    (cell,) = re.findall(r"^ADAM = .+?(?=^SEEDS)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     names = {"Setting": Setting}
     exec(cell, names)
-    return names["BEST"]
+    return {"Adam": names["ADAM"], "CGN": names["CGN"], "CGN + Adam": names["BOTH"]}
 
 
 def test_page_4_races_what_the_experiments_chose():
-    chosen = best("batch 64")
-    assert page_settings() == {way: chosen[way][0.9] for way in page_settings()}
+    for contender, setting in page_settings().items():
+        assert setting == chosen("sigmoid CNN", contender, 0.9)
 
 
-@pytest.mark.parametrize("way", ["CGN", "CGN + Adam"])
-def test_a_race_repeats_the_runs_that_are_kept(way):
-    setting = best("batch 64")[way][0.9]
-    kept = [first(tests, 0.9)[0] for tests in finals("batch 64", setting)]
-    (run,) = race([setting], 0, goal=0.9, steps=200)
+@pytest.mark.parametrize("contender", ["CGN", "CGN + Adam"])
+def test_a_race_repeats_the_runs_that_are_kept(contender):
+    kept = [test[0] for test in outcome(FOUND, "sigmoid CNN", contender, 0.9, quick=False)]
+    (run,) = race([chosen("sigmoid CNN", contender, 0.9)], 0, goals=[0.9], steps=200)
     # Rounding moves it a little.
     assert min(kept) / 1.5 <= run.reached(0.9).steps <= 1.5 * max(kept)
 
@@ -98,150 +100,37 @@ def test_a_race_repeats_the_runs_that_are_kept(way):
 
 
 def test_the_rules_on_the_page_are_those_of_the_code():
-    rules = (DOCS / "experiments.rst").read_text("utf-8")
-    assert "momentum and Adam have 24 settings in all" in rules
-    assert "all forms of CGN no more" in rules
-    settings = [s for way in WORKLOADS["batch 64"].ways.values() for s in way]
-    newton = [s for s in settings if s.method.startswith("CGN")]
-    assert len(newton) <= len(settings) - len(newton) == 24
-    assert "six\n  seconds at batch 64" in rules
-    assert WORKLOADS["batch 64"].seconds == 6.0
-    assert "Batch 64 is tuned on two seeds, the others on one" in rules
-    assert [len(workload.tuning_seeds) for workload in WORKLOADS.values()] == [2, 1, 1, 1]
+    rules = " ".join((DOCS / "experiments.rst").read_text("utf-8").split())
+    assert "24 for the sigmoid CNN, 8 for the two other networks" in rules
+    assert [workload.settings for workload in WORKLOADS.values()] == [24, 8, 8]
+    assert "five seconds for the sigmoid CNN, four for the perceptron, three with ReLU" in rules
+    assert [workload.seconds for workload in WORKLOADS.values()] == [5, 4, 3]
+    assert "at each of two early times" in rules
+    assert {len(workload.rungs) for workload in WORKLOADS.values()} == {3}
     assert GOALS == (0.90, 0.95, 0.97)
-
-
-@pytest.mark.parametrize("way", ["SGD", "Momentum", "Adam"])
-def test_rates_reach_past_both_ends_of_what_works(way):
-    rates = sorted(setting.options["lr"] for setting in WORKLOADS["batch 64"].ways[way])
-    assert len(rates) >= 6
-    for setting in best("batch 64")[way].values():
-        assert rates[0] < setting.options["lr"] < rates[-1]
+    assert len(SEEDS) == 5
+    assert not set(SEEDS) & set(experiments.TUNING_SEEDS)
 
 
 # Who wins the races.
 
-BATCHES = [name for name in WORKLOADS if name.startswith("batch")]
 
-
-def took(workload, goal, column):
-    """For each way that got to a goal in tuning, the median over the seeds of what it took."""
+@cache
+def took(network, goal, column=1):
+    """For each contender, the median over the seeds of the steps (0) or the seconds (1)."""
+    found = {
+        contender: outcome(FOUND, network, contender, goal, quick=False) for contender in SPACES
+    }
     return {
-        way: statistics.median(
-            first(tests, goal)[column] for tests in finals(workload, settings[goal])
-        )
-        for way, settings in best(workload).items()
-        if goal in settings
+        contender: statistics.median(test[column] for test in tests) if tests else math.inf
+        for contender, tests in found.items()
     }
 
 
-steps, seconds = partial(took, column=0), partial(took, column=1)
-
-
-@pytest.mark.parametrize("workload", BATCHES)
-@pytest.mark.parametrize("goal", GOALS)
-def test_newton_steps_in_the_linear_layers_are_ahead_of_adam(workload, goal):
-    times = seconds(workload, goal)
-    rivals = [times[way] for way in ("SGD", "Momentum", "Adam", "Adam, two rates") if way in times]
-    if (workload, goal) == ("batch 1024", 0.97):  # none gets that far in its time
-        assert times == {}
-    elif (workload, goal) == ("batch 64", 0.97):  # the page says that it is behind
-        assert times["CGN + Adam"] > min(rivals)
-    else:
-        assert times["CGN + Adam"] < min(rivals, default=math.inf)
-
-
-def test_to_95_and_97_percent_it_leads_over_all_batch_sizes():
-    for goal in GOALS[1:]:
-        times = {
-            (workload, way): time
-            for workload in BATCHES
-            for way, time in seconds(workload, goal).items()
-        }
-        workload, way = min(times, key=times.get)
-        assert way == "CGN + Adam"
-    assert workload == "batch 256"
-
-
-def test_newton_steps_everywhere_are_ahead_of_adam_to_90_percent_only():
-    ways = {"CGN", "CGN, bounded"}
-    to_90, to_95, to_97 = (seconds("batch 64", goal) for goal in GOALS)
-    assert min(to_90, key=to_90.get) == "CGN"
-    assert to_90["CGN"] < 0.5 * to_90["Adam"]
-    assert min(to_95[way] for way in ways if way in to_95) > to_95["Adam"]
-    assert not ways & to_97.keys()
-
-
-def test_with_relu_adam_wins():
-    for goal in GOALS:
-        times = seconds("ReLU, batch 64", goal)
-        assert min(times, key=times.get) == "Adam"
-
-
-@pytest.mark.parametrize("workload", BATCHES)
-def test_newton_steps_are_fewer_where_they_arrive(workload):
-    for goal in GOALS:
-        found = steps(workload, goal)
-        newton = {way for way in found if way.startswith("CGN")}
-        others = min((found[way] for way in found.keys() - newton), default=math.inf)
-        assert min((found[way] for way in newton), default=0) < others
-
-
-def test_the_hessian_and_the_pch_in_the_races():
-    to_90, to_95, _ = (steps("batch 64", goal) for goal in GOALS)
-    assert "CGN, Hessian" not in best("batch 64")
-    for way in ("CGN, PCH-abs", "CGN, PCH-clip"):
-        assert to_90[way] == to_90["CGN, BackPACK"] < math.inf
-    assert not {"CGN, PCH-abs", "CGN, PCH-clip", "CGN, BackPACK"} & to_95.keys()
+# @VERDICTS@
 
 
 # What does the work.
-
-
-def late(label, until=51):
-    """The mean loss of ten steps of the ablation, for each seed."""
-    return [statistics.mean(FOUND[f"ablation {seed}"][label][until - 10 : until]) for seed in SEEDS]
-
-
-def test_each_layers_curvature_counts_in_its_turn():
-    curved, convolutions, last = map(late, ("GGN", "zero in both conv", "zero in all but the last"))
-    for seed in SEEDS:
-        assert curved[seed] < convolutions[seed] < last[seed]
-    assert sum(loss < 2 for loss in late("zero in linear 1")) == 4
-    assert min(late("zero in both linear")) > 2.3
-    assert min(late("Momentum")) > 2.2
-    assert min(late("Adam")) > 1.7
-    ends = [loss for rate in RATES for loss in late(f"SGD, rate {rate:g}", until=RATES_STEPS)]
-    assert len(ends) == 15
-    assert min(ends) > 2
-    assert sum(loss < 2.2 for loss in ends) == 1
-    each = "SGD, a rate per parameter"
-    assert max(late(each, until=RATES_STEPS)) < 1 < min(late(each))
-
-
-# The map of damping and budget.
-
-
-def test_a_bound_on_the_length_lets_small_damping_train():
-    def got_there(length):
-        cells = [FOUND[f"map 0.0002 20 {length} {seed}"]["test"] for seed in SEEDS[:2]]
-        return [cell is not None for cell in cells]
-
-    assert got_there(0.2) == [True, True]
-    assert got_there(math.inf) == [False, False]
-
-
-def test_more_products_need_fewer_steps():
-    for damping in experiments.MAP_DAMPING:
-        means = [
-            statistics.mean(
-                (FOUND[f"map {damping} {budget} 0.2 {seed}"]["test"] or [math.inf])[0]
-                for seed in SEEDS[:2]
-            )
-            for budget in experiments.MAP_BUDGET
-        ]
-        assert means == sorted(means, reverse=True)
-
 
 # The autoencoder.
 
@@ -250,7 +139,7 @@ ADAMS = ("Adam, 5e-3, batch 256", "Adam, 5e-3, batch 500")
 
 def autoencoder(way):
     """The way of each seed."""
-    return [FOUND[f"autoencoder {way} {seed}"] for seed in SEEDS[:3]]
+    return [FOUND[f"autoencoder {way} {seed}"] for seed in FEW_SEEDS]
 
 
 def errors(way, after=math.inf):
