@@ -4,15 +4,24 @@ import csv
 import json
 import math
 import re
-import statistics
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import experiments
 import pytest
-from experiments import GOALS, RATES, RATES_STEPS, SEEDS, WORKLOADS, finalists, first
+from experiments import (
+    FEW_SEEDS,
+    GOALS,
+    SEEDS,
+    SPACES,
+    WORKLOADS,
+    first,
+    median_of,
+    outcome,
+    settings_of,
+)
 
-from cgn_tutorial.pages.races import Setting, race
+from cgn_tutorial.pages.races import Setting, load_experiments, race
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -35,20 +44,35 @@ def rows(path):
 
 
 def test_every_run_is_kept():
-    jobs = [
-        *experiments.tuning_jobs(quick=False),
-        *experiments.other_jobs(quick=False),
-        *experiments.final_jobs(FOUND, quick=False),
-    ]
+    jobs = [*experiments.other_jobs(quick=False), *experiments.cost_jobs(FOUND, quick=False)]
+    jobs += experiments.hand_jobs(FOUND, quick=False)
+    for network in WORKLOADS:
+        jobs += experiments.search_jobs(network, quick=False)
+        jobs += experiments.final_jobs(FOUND, network, quick=False)
     assert {job.key for job in jobs} == set(FOUND)
 
 
-def test_the_tables_are_those_of_the_runs():
-    tables = dict(experiments.race_tables(FOUND, quick=False))
-    assert len(tables) == len(WORKLOADS)
-    for name, table in tables.items():
-        kept = rows(f"experiments/{name}.csv")
-        assert kept == [dict.fromkeys(kept[0], "") | row for row in table]
+@pytest.mark.parametrize("network", WORKLOADS)
+def test_the_tables_are_those_of_the_runs(network):
+    kept = rows(f"experiments/{network.lower().replace(' ', '_')}.csv")
+    table = experiments.race_table(FOUND, network, quick=False)
+    assert kept == [dict.fromkeys(kept[0], "") | row for row in table]
+
+
+@pytest.mark.parametrize("name", ["ablation", "by_hand", "costs"])
+def test_the_short_tables_are_those_of_the_runs(name):
+    make = {
+        "ablation": experiments.ablation_table,
+        "by_hand": experiments.hand_table,
+        "costs": experiments.cost_table,
+    }[name]
+    kept = rows(f"experiments/{name}.csv")
+    assert kept == [dict.fromkeys(kept[0], "") | row for row in make(FOUND, quick=False)]
+
+
+def test_what_page_4_shows_are_the_runs():
+    kept = json.dumps(experiments.records(FOUND, quick=False), sort_keys=True)
+    assert kept == json.dumps(load_experiments(), sort_keys=True)
 
 
 def test_every_table_and_figure_is_shown():
@@ -57,32 +81,33 @@ def test_every_table_and_figure_is_shown():
     )
     kept = {path.name for path in (DOCS / "experiments").glob("*.[cs]*[vg]")}
     assert {name for name in kept if not name.endswith(".dark.svg")} == set(shown)
-    assert len(shown) > 8
+    assert len(shown) == 8
 
 
-@cache
-def best(workload):
-    """For each way and goal, the setting that tuning chose."""
-    return experiments.best(FOUND, workload, quick=False)
-
-
-def finals(workload, setting):
-    """The tests of a setting that was chosen, for each seed."""
-    k = finalists(FOUND, workload, quick=False).index(setting)
-    return [FOUND[f"race {workload} {seed}"][k]["tests"] for seed in SEEDS]
+def chosen(network, contender, goal):
+    """The setting that counts in the tables."""
+    k, _ = outcome(FOUND, network, contender, goal, quick=False)
+    return settings_of(network, contender)[k]
 
 
 def page_settings():
-    """`BEST` of page 4, from the cell that defines it."""
-    (cell,) = re.findall(r"^BUDGET = .+?^}$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    """The settings on page 4, from the cell that defines them."""
+    (cell,) = re.findall(
+        r"^LAST = .+?(?=^SEEDS)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
     names = {"Setting": Setting}
     exec(cell, names)
-    return names["BEST"]
+    return {
+        "Muon": names["MUON"],
+        "Adam": names["ADAM"],
+        "CGN": names["CGN"],
+        "CGN + Adam": names["BOTH"],
+    }
 
 
 def test_page_4_races_what_the_experiments_chose():
-    chosen = best("batch 64")
-    assert page_settings() == {way: chosen[way][0.9] for way in page_settings()}
+    for contender, setting in page_settings().items():
+        assert setting == chosen("sigmoid CNN", contender, 0.95)
 
 
 def test_page_3_trains_by_the_clock_what_the_experiments_chose():
@@ -92,17 +117,19 @@ def test_page_3_trains_by_the_clock_what_the_experiments_chose():
     )
     names = {"Setting": Setting}
     exec(cell, names)
-    chosen = best("batch 64")
     assert [setting.method for setting in names["settings"]] == ["Adam", "CGN"]
     for setting in names["settings"]:
-        assert setting.options == chosen[setting.method][0.9].options
+        tuned = chosen("sigmoid CNN", setting.method, 0.9)
+        options = {"max_length": math.inf} if setting.method == "CGN" else {}
+        assert options | setting.options == tuned.options
+        assert (setting.schedule, setting.horizon) == (tuned.schedule, tuned.horizon)
 
 
-def test_a_race_repeats_the_runs_that_are_kept():
-    way = "CGN + Adam"
-    setting = best("batch 64")[way][0.9]
-    kept = [first(tests, 0.9)[0] for tests in finals("batch 64", setting)]
-    (run,) = race([setting], 0, goal=0.9, steps=200)
+@pytest.mark.parametrize("contender", ["CGN", "CGN + Adam"])
+def test_a_race_repeats_the_runs_that_are_kept(contender):
+    _, tests = outcome(FOUND, "sigmoid CNN", contender, 0.9, quick=False)
+    kept = [test[0] for test in tests]
+    (run,) = race([chosen("sigmoid CNN", contender, 0.9)], 0, goals=[0.9], steps=200)
     # Rounding moves it a little.
     assert min(kept) / 1.5 <= run.reached(0.9).steps <= 1.5 * max(kept)
 
@@ -111,149 +138,98 @@ def test_a_race_repeats_the_runs_that_are_kept():
 
 
 def test_the_rules_on_the_page_are_those_of_the_code():
-    rules = (DOCS / "experiments.rst").read_text("utf-8")
-    assert "momentum and Adam have 24 settings in all" in rules
-    assert "all forms of CGN no more" in rules
-    settings = [s for way in WORKLOADS["batch 64"].ways.values() for s in way]
-    newton = [s for s in settings if s.method.startswith("CGN")]
-    assert len(newton) <= len(settings) - len(newton) == 24
-    assert "six\n  seconds at batch 64" in rules
-    assert WORKLOADS["batch 64"].seconds == 6.0
-    assert "Batch 64 is tuned on two seeds, the others on one" in rules
-    assert [len(workload.tuning_seeds) for workload in WORKLOADS.values()] == [2, 1, 1, 1]
+    rules = " ".join((DOCS / "experiments.rst").read_text("utf-8").split())
+    assert "the same number of settings at random: 24" in rules
+    assert [workload.settings for workload in WORKLOADS.values()] == [24]
+    assert "did not reach the goal in five seconds" in rules
+    assert [workload.seconds for workload in WORKLOADS.values()] == [5]
+    assert "at each of two early times" in rules
+    assert {len(workload.rungs) for workload in WORKLOADS.values()} == {3}
     assert GOALS == (0.90, 0.95, 0.97)
-
-
-@pytest.mark.parametrize("way", ["SGD", "Momentum", "Adam"])
-def test_rates_reach_past_both_ends_of_what_works(way):
-    rates = sorted(setting.options["lr"] for setting in WORKLOADS["batch 64"].ways[way])
-    assert len(rates) >= 6
-    for setting in best("batch 64")[way].values():
-        assert rates[0] < setting.options["lr"] < rates[-1]
+    assert len(SEEDS) == 5
+    assert "from five other seeds" in rules
+    assert not set(SEEDS) & set(experiments.TUNING_SEEDS)
 
 
 # Who wins the races.
 
-BATCHES = [name for name in WORKLOADS if name.startswith("batch")]
+
+@cache
+def took(network, goal, column=1):
+    """For each contender, the median over the seeds of the steps (0) or the seconds (1)."""
+    found = {name: outcome(FOUND, network, name, goal, quick=False) for name in SPACES}
+    return {name: median_of(way[1], column) if way else math.inf for name, way in found.items()}
 
 
-def took(workload, goal, column):
-    """For each way that got to a goal in tuning, the median over the seeds of what it took."""
-    return {
-        way: statistics.median(
-            first(tests, goal)[column] for tests in finals(workload, settings[goal])
-        )
-        for way, settings in best(workload).items()
-        if goal in settings
-    }
+NETWORK = "sigmoid CNN"
 
 
-steps, seconds = partial(took, column=0), partial(took, column=1)
-
-
-@pytest.mark.parametrize("workload", BATCHES)
 @pytest.mark.parametrize("goal", GOALS)
-def test_newton_steps_in_the_linear_layers_are_ahead_of_adam(workload, goal):
-    times = seconds(workload, goal)
-    rivals = [times[way] for way in ("SGD", "Momentum", "Adam", "Adam, two rates") if way in times]
-    if (workload, goal) == ("batch 1024", 0.97):  # none gets that far in its time
-        assert times == {}
-    elif (workload, goal) == ("batch 64", 0.97):  # the page says that it is behind
-        assert times["CGN + Adam"] > min(rivals)
-    else:
-        assert times["CGN + Adam"] < min(rivals, default=math.inf)
+def test_muon_wins_and_cgn_with_adam_comes_second(goal):
+    times = took(NETWORK, goal)
+    ranked = sorted(times, key=times.get)
+    assert ranked[:2] == ["Muon", "CGN + Adam"]
+    assert 1.5 * times["Muon"] < times["CGN + Adam"]
 
 
-def test_to_95_and_97_percent_it_leads_over_all_batch_sizes():
-    for goal in GOALS[1:]:
-        times = {
-            (workload, way): time
-            for workload in BATCHES
-            for way, time in seconds(workload, goal).items()
+def test_cgn_takes_few_steps_to_the_first_goals_and_misses_the_last():
+    for goal in GOALS[:2]:
+        steps = took(NETWORK, goal, column=0)
+        assert set(sorted(steps, key=steps.get)[:2]) == {"Muon", "CGN"}
+    assert took(NETWORK, 0.97)["CGN"] == math.inf
+
+
+def test_adam_tuned_by_hand_is_no_slower_than_cgn_with_adam():
+    def medians(name, goal):
+        i = list(experiments.hand_settings(FOUND)).index(name)
+        runs = [FOUND[f"by hand {seed}"][i] for seed in experiments.HAND_SEEDS]
+        return median_of([first(tests, goal) for tests in runs], 1)
+
+    names = list(experiments.hand_settings(FOUND))
+    for goal in GOALS:
+        adam = min(medians(name, goal) for name in names if name.startswith("Adam"))
+        both = min(medians(name, goal) for name in names if name.startswith("CGN"))
+        muon = min(medians(name, goal) for name in names if name.startswith("Muon"))
+        assert 1.5 * muon < adam
+        if goal == 0.9:
+            assert both / 1.1 < adam < 1.1 * both
+        else:
+            assert adam < both
+
+
+def test_adam_tuned_by_hand_gets_to_90_percent_in_a_second():
+    i = list(experiments.hand_settings(FOUND)).index("Adam, by hand")
+    assert all(first(FOUND[f"by hand {s}"][i], 0.9)[1] < 1 for s in experiments.HAND_SEEDS)
+
+
+def test_l_bfgs_reaches_no_goal_on_mini_batches():
+    assert {took(NETWORK, goal)["L-BFGS"] for goal in GOALS} == {math.inf}
+
+
+def test_the_search_chose_small_batches_for_newton_steps():
+    for contender in ("CGN", "CGN + Adam"):
+        batches = {
+            settings_of(NETWORK, contender)[k].batch_size
+            for name, k in experiments.finalists(FOUND, NETWORK)
+            if name == contender
         }
-        workload, way = min(times, key=times.get)
-        assert way == "CGN + Adam"
-    assert workload == "batch 256"
+        assert batches <= {64, 128}
 
 
-def test_newton_steps_everywhere_are_ahead_of_adam_to_90_percent_only():
-    ways = {"CGN", "CGN, bounded"}
-    to_90, to_95, to_97 = (seconds("batch 64", goal) for goal in GOALS)
-    assert min(to_90, key=to_90.get) == "CGN"
-    assert to_90["CGN"] < 0.5 * to_90["Adam"]
-    assert min(to_95[way] for way in ways if way in to_95) > to_95["Adam"]
-    assert not ways & to_97.keys()
-
-
-def test_with_relu_adam_wins():
-    for goal in GOALS:
-        times = seconds("ReLU, batch 64", goal)
-        assert min(times, key=times.get) == "Adam"
-
-
-@pytest.mark.parametrize("workload", BATCHES)
-def test_newton_steps_are_fewer_where_they_arrive(workload):
-    for goal in GOALS:
-        found = steps(workload, goal)
-        newton = {way for way in found if way.startswith("CGN")}
-        others = min((found[way] for way in found.keys() - newton), default=math.inf)
-        assert min((found[way] for way in newton), default=0) < others
-
-
-def test_the_hessian_and_the_pch_in_the_races():
-    to_90, to_95, _ = (steps("batch 64", goal) for goal in GOALS)
-    assert "CGN, Hessian" not in best("batch 64")
-    for way in ("CGN, PCH-abs", "CGN, PCH-clip"):
-        assert to_90[way] == to_90["CGN, BackPACK"] < math.inf
-    assert not {"CGN, PCH-abs", "CGN, PCH-clip", "CGN, BackPACK"} & to_95.keys()
-
-
-# What does the work.
-
-
-def late(label, until=51):
-    """The mean loss of ten steps of the ablation, for each seed."""
-    return [statistics.mean(FOUND[f"ablation {seed}"][label][until - 10 : until]) for seed in SEEDS]
-
-
-def test_each_layers_curvature_counts_in_its_turn():
-    curved, convolutions, last = map(late, ("GGN", "zero in both conv", "zero in all but the last"))
-    for seed in SEEDS:
-        assert curved[seed] < convolutions[seed] < last[seed]
-    assert sum(loss < 2 for loss in late("zero in linear 1")) == 4
-    assert min(late("zero in both linear")) > 2.3
-    assert min(late("Momentum")) > 2.2
-    assert min(late("Adam")) > 1.7
-    ends = [loss for rate in RATES for loss in late(f"SGD, rate {rate:g}", until=RATES_STEPS)]
-    assert len(ends) == 15
-    assert min(ends) > 2
-    assert sum(loss < 2.2 for loss in ends) == 1
-    each = "SGD, a rate per parameter"
-    assert max(late(each, until=RATES_STEPS)) < 1 < min(late(each))
-
-
-# The map of damping and budget.
-
-
-def test_a_bound_on_the_length_lets_small_damping_train():
-    def got_there(length):
-        cells = [FOUND[f"map 0.0002 20 {length} {seed}"]["test"] for seed in SEEDS[:2]]
-        return [cell is not None for cell in cells]
-
-    assert got_there(0.2) == [True, True]
-    assert got_there(math.inf) == [False, False]
-
-
-def test_more_products_need_fewer_steps():
-    for damping in experiments.MAP_DAMPING:
-        means = [
-            statistics.mean(
-                (FOUND[f"map {damping} {budget} 0.2 {seed}"]["test"] or [math.inf])[0]
-                for seed in SEEDS[:2]
-            )
-            for budget in experiments.MAP_BUDGET
-        ]
-        assert means == sorted(means, reverse=True)
+def test_with_few_settings_cgn_with_adam_is_ahead_and_with_more_muon_is():
+    for goal in (0.9, 0.97):
+        found = {}
+        for name in SPACES:
+            result = FOUND[f"search {NETWORK}, {name}"]
+            times = [first(tests, goal)[1] for tests in result["first"]]
+            _, found[name] = experiments.best_of_k(times, result["seconds"])
+        for k in range(1, 25):
+            best_at_k = {name: fastest[k - 1] for name, fastest in found.items()}
+            if k <= 2 and goal == 0.9:
+                assert min(best_at_k, key=best_at_k.get) == "CGN + Adam"
+            elif k > 2:
+                ranked = sorted(best_at_k, key=best_at_k.get)
+                assert ranked[:2] == ["Muon", "CGN + Adam"]
 
 
 # The autoencoder.
@@ -263,7 +239,7 @@ ADAMS = ("Adam, 5e-3, batch 256", "Adam, 5e-3, batch 500")
 
 def autoencoder(way):
     """The way of each seed."""
-    return [FOUND[f"autoencoder {way} {seed}"] for seed in SEEDS[:3]]
+    return [FOUND[f"autoencoder {way} {seed}"] for seed in FEW_SEEDS]
 
 
 def errors(way, after=math.inf):

@@ -6,7 +6,14 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["make_autoencoder", "make_model", "make_tiny_model", "outputs_of", "split"]
+__all__ = [
+    "make_autoencoder",
+    "make_mlp",
+    "make_model",
+    "make_tiny_model",
+    "outputs_of",
+    "split",
+]
 
 
 def make_model(activation: type[nn.Module] = nn.Sigmoid) -> nn.Sequential:
@@ -38,6 +45,24 @@ def make_model(activation: type[nn.Module] = nn.Sigmoid) -> nn.Sequential:
         activation(),
         nn.Linear(50, 10),
     )
+
+
+def make_mlp() -> nn.Sequential:
+    """A perceptron with five layers of sigmoids for MNIST.
+
+    Torch's default initialisation draws the weights from the global generator.
+
+    Returns:
+        A model `[N, 1, 28, 28] → [N, 10]` with 119,910 parameters.
+
+    Example:
+        >>> sum(p.numel() for p in make_mlp().parameters())
+        119910
+    """
+    modules: list[nn.Module] = [nn.Flatten()]
+    for before in [784, *[100] * 4]:
+        modules += [nn.Linear(before, 100), nn.Sigmoid()]
+    return nn.Sequential(*modules, nn.Linear(100, 10))
 
 
 def make_autoencoder() -> nn.Sequential:
