@@ -184,7 +184,7 @@ def _stiffness(block: Block) -> float:
     g = block.gather(lambda p, _: torch.zeros_like(p) if p.grad is None else p.grad)
     options = {name: group[name] for name in ("maxiter", "tol", "atol")}
     v, _ = cg(lambda v: block(v[None])[0] + group["damping"] * v, -g, **options)
-    return (g.norm() / v.norm()).item() - float(group["damping"])
+    return float(g.norm() / v.norm()) - float(group["damping"])
 
 
 #: Each method makes a `Way` from a model, a loss function and options. "CGN" takes Newton steps
