@@ -132,6 +132,7 @@ for contender in STYLES:
 # <../experiments.html#tuned-by-hand>`__, with :math:`\beta_1 = 0.5`, is level to 90 %,
 # and ahead to 95 and 97 %.
 
+# Check it.
 for goal in ERRORS:
     ranked = sorted(STYLES, key=lambda name: typical(goal, name))
     assert ranked[:2] == ["Muon", "CGN + Adam"]
@@ -192,6 +193,7 @@ for seed in SEEDS:
 # %%
 # The order by seconds depends on the machine: read the last column.
 
+# Check the steps.
 for one in zip(*reached.values(), strict=True):
     muon, adam, cgn, both = (test.steps for test in one)
     assert max(muon, cgn) < both < adam
@@ -209,6 +211,7 @@ print(" " * 24, "".join(f"{name:>12}" for name in cost))
 # Would faster products win? A quarter of a step of CGN + Adam is products. If they
 # took no time, CGN + Adam would be a third faster at most, and Muon is ahead by more.
 
+# Check it.
 step, products = (
     float(cost["CGN + Adam"][name]) for name in ("All", "Products")
 )
@@ -241,9 +244,10 @@ for way, run in zip(WAYS, race(settings, SEEDS[0], steps=51), strict=True):
 
 print("Mean loss of steps 41 to 50, with gradient steps in these layers:")
 for way, losses in found["ablation"].items():
-    three = " ".join(f"{loss:.2f}" for loss in losses)
+    way = way.strip(", ")
+    three = "".join(f"{loss:6.2f}" for loss in losses)
     here = f"{late[way]:.2f}" if way in late else ""
-    print(f"{way.strip(', '):35} {three}   {here}")
+    print(f"{way:31}{three}   {here}")
 
 # %%
 # At the rate :math:`\gamma/\lambda`, gradient steps in both linear layers do not train.
@@ -252,6 +256,7 @@ for way, losses in found["ablation"].items():
 # steps end at a higher loss, in any part and on every seed, most of all in the linear
 # layers.
 
+# Check it, seed by seed.
 ablation = found["ablation"]
 curved = ablation["none, "]
 for way, as_long in ablation.items():
@@ -297,6 +302,7 @@ for way, runs in autoencoder.items():
 # that adapts from 3, the error leaves 53. A good constant does better, if solves start
 # warm. In the same seconds, Adam is ahead of all.
 
+# Check it.
 error = {way: runs["error"] for way, runs in autoencoder.items()}
 assert min(error["λ = 3"] + error["λ = 0.03, solves from zero"]) > 52
 assert max(error["λ adapts, from 3"]) < 51
