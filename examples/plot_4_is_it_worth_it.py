@@ -206,9 +206,8 @@ for seed in SEEDS:
     for run in race(settings, seed, goals=[0.9], seconds=6):
         test, method = run.reached(0.9), run.setting.method
         reached.setdefault(method, []).append(test)
-        print(
-            f"seed {seed}  {method:10} {test.steps:4d} steps {test.seconds:5.2f} s"
-        )
+        took_here = f"{test.steps:4d} steps {test.seconds:5.2f} s"
+        print(f"seed {seed}  {method:10} {took_here}")
 
 # %%
 # The order by seconds depends on the machine: read the last column.
@@ -222,10 +221,10 @@ for one in zip(*reached.values(), strict=True):
 # Where does the time of a step go? Milliseconds, from the full experiments:
 
 cost = {row.pop("Milliseconds per step"): row for row in found["costs"]}
+print(" " * 21, "".join(f"{name:>11}" for name in cost))
 for part in cost["Adam"]:
     cells = [float(parts[part]) for parts in cost.values()]
-    print(f"{part:24}", "".join(f"{cell:12.1f}" for cell in cells))
-print(" " * 24, "".join(f"{name:>12}" for name in cost))
+    print(f"{part:21}", "".join(f"{cell:11.1f}" for cell in cells))
 
 # %%
 # Would faster products win? A quarter of a step of CGN + Adam is products. If they
@@ -267,7 +266,7 @@ for way, losses in found["ablation"].items():
     way = way.strip(", ")
     three = "".join(f"{loss:6.2f}" for loss in losses)
     here = f"{late[way]:.2f}" if way in late else ""
-    print(f"{way:31}{three}   {here}")
+    print(f"{way:33}{three}   {here}")
 
 # %%
 # At the rate :math:`\gamma/\lambda`, gradient steps in both linear layers do not train.
@@ -295,8 +294,8 @@ assert late["both linear layers, rate γ/λ"] > 2.2
 # Where do fixed settings fail?
 # -----------------------------
 #
-# On a deep autoencoder of sigmoids, which first learns the mean image, a squared error
-# of 53, and stays there. The whole network is one block, and :math:`\gamma = 1`. A
+# They fail on a deep autoencoder of sigmoids. At first it learns the mean image, a
+# squared error of 53, and stays there. The whole network is one block, and :math:`\gamma = 1`. A
 # **warm start** begins a solve at 0.95 of the last step. **Damping that adapts**, the
 # rule of Levenberg and Marquardt, compares how much the loss fell with how much the
 # quadratic model :math:`q` had promised,
