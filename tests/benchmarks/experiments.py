@@ -110,6 +110,12 @@ SPACES: Mapping[str, dict[str, Draw]] = {
 }
 
 
+MLP: Mapping[str, dict[str, Draw]] = {  # another number of layers
+    "CGN": {"maxiter": choice(5, 10, 20)},
+    "CGN + Adam": {"last": choice(2, 3, 5)},
+}
+
+
 class Workload(NamedTuple):
     """How a network is tuned and raced.
 
@@ -118,15 +124,20 @@ class Workload(NamedTuple):
         rungs: The seconds at which the worse half of the settings is given up, and those at which
             all end.
         seconds: The most per run of the race.
+        scale: How many times as many images a horizon has.
+        other: What replaces parts of the spaces.
     """
 
     settings: int
     rungs: Sequence[float]
     seconds: float
+    scale: float = 1.0
+    other: Mapping[str, dict[str, Draw]] = {}
 
 
 WORKLOADS: Mapping[str, Workload] = {
     "sigmoid CNN": Workload(24, (1.25, 2.5, 4.5), 5.0),
+    "sigmoid MLP": Workload(8, (0.75, 1.5, 3.0), 4.0, scale=4.0, other=MLP),
 }
 
 #: Adam as a sceptic tuned it by hand, after the search: β₁ = 0.5, which the search drew too rarely.
@@ -148,13 +159,13 @@ HAND_SEEDS = range(10, 13)
 def settings_of(network: str, contender: str) -> list[Setting]:
     """The settings of a contender, drawn at random, the same each time."""
     workload = WORKLOADS[network]
-    space = COMMON | SPACES[contender]
+    space = COMMON | SPACES[contender] | workload.other.get(contender, {})
     r = random.Random(f"{network} {contender}")
     settings = []
     for _ in range(workload.settings):
         drawn = {name: draw_one(r) for name, draw_one in space.items()}
         fields = {name: drawn.pop(name) for name in ("batch_size", "average", "schedule")}
-        steps = max(2, round(drawn.pop("images") / fields["batch_size"]))
+        steps = max(2, round(workload.scale * drawn.pop("images") / fields["batch_size"]))
         settings.append(
             Setting(
                 contender,

@@ -55,7 +55,7 @@ class Way(NamedTuple):
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-Method = Callable[..., Way]  # (model, loss function, **options)
+Method = Callable[..., Any]  # (model, loss function, **options) to a Way
 
 
 def _gradient(
