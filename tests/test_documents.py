@@ -36,7 +36,7 @@ GREEK = re.compile(
     r"\\(alpha|beta|gamma|delta|kappa|lambda|mu|rho|sigma|theta|ell|phi|pi|varepsilon)\b"
 )
 #: What counts something, or is a sign of mathematics.
-INDICES = set("ijklt") | {"I"}
+INDICES = set("ijklt") | {"I", "pi"}  # and what everybody knows
 
 
 def test_notation_has_every_symbol_of_two_pages():

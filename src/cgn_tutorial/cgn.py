@@ -374,10 +374,10 @@ class CGNOptimizer(Optimizer):
     BackPACK's products have one parameter per block; other products may have several, see the note.
     The optimizer solves for all blocks before any parameter moves.
 
-    Use the optimizer in place of `torch.optim.SGD` if the gradient vanishes or is badly scaled.
-    Tune `damping` and `lr`. A step costs up to `maxiter` products per block, and a product costs up
-    to a few gradients. Small mini-batches give noisy curvature: prefer large batches. If SGD or
-    Adam already makes good progress per second, SGD or Adam usually wins.
+    Use the optimizer for least squares to many digits, as one block with `JacobianGGN`, a
+    `preconditioner` and `LevenbergMarquardt`. On noisy mini-batches, try Muon and Adam first. Tune
+    `damping`, then `lr`. A step costs up to `maxiter` products per block, and a product costs up to
+    a few gradients.
 
     Args:
         parameters: Parameters, named parameters, or dictionaries that define groups.

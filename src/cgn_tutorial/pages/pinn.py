@@ -269,7 +269,8 @@ class Race:
         setting: The contender.
         seed: The seed of the network's weights.
         seconds: The processor seconds to train for.
-        first: The time of the first measurement; measurements follow at times that grow by a sixth.
+        first: The time of the first measurement; each next follows when the time has grown by a
+            sixth.
 
     Attributes:
         problem: The problem.
@@ -316,8 +317,7 @@ class Race:
         elapsed = self.elapsed
         if elapsed >= min(self._next, self.seconds):
             self._measure()
-            while self._next <= elapsed:
-                self._next *= 7 / 6
+            self._next = max(self._next, elapsed) * 7 / 6
         if elapsed >= self.seconds:
             raise Over
 
