@@ -117,7 +117,7 @@ SETTINGS = {
     "CGN, Nyström": {"damping": 0.017, "tol": 0.01, "rank": 50, "every": 1},
     "CGN, exact": {"damping": 0.0049, "tol": 0.001},
 }
-SECONDS = 1.6
+SECONDS = 1.5
 
 
 def train(method, seed, problem="Poisson, 257", seconds=SECONDS):
@@ -371,7 +371,8 @@ counts = {
 }
 for label, count in counts.items():
     print(f"{label:18}{count:6,} products")
-assert counts["exact"] < counts["Nyström, rank 50"] < counts["plain CG"] / 5
+assert counts["exact"] < 10
+assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 
 # %%
 # The race
@@ -428,19 +429,27 @@ rivals = {m: e for m, e in finals.items() if not m.startswith("CGN")}
 
 print(f"the best rival: {min(rivals, key=rivals.get)}, ", end="")
 print(f"{min(rivals.values()) / ours:.0f} times the error")
-assert ours < min(rivals.values()) / 5
+assert ours < min(rivals.values()) / 2
 assert ours < min(rivals["Adam"], rivals["Momentum"]) / 20
 
 # %%
-# This race is short. The `full tables <../experiments.html#where-it-wins>`__ have
-# 10 to 40 seconds and six problems. Medians of the errors in :math:`L^2`:
+# This race is short. The `full tables <../least_squares.html>`__ have 10 to 40 seconds
+# and six problems. How many times CGN's error has the best rival there?
 #
-# - **This problem**, after 20 seconds: CGN ends at 1.5e-6. BFGS has 29 times this
-#   error, L-BFGS with the scaled loss 370 times, and Adam over 10,000 times.
-# - **The fit**, after 10 seconds: CGN ends at 3.8e-6. BFGS has 2.6 times this error,
-#   L-BFGS with the scaled loss 13 times.
+# - **Poisson, 257 parameters**, 20 seconds: CGN ends at 1.5e-6. BFGS has 29 times
+#   this error, L-BFGS with the scaled loss 370 times, and Adam over 10,000 times.
+# - **Poisson, 1,185 parameters**, 30 seconds: CGN ends at 2.8e-6. Adam, then L-BFGS,
+#   has 140 times this error.
+# - **Heat equation, 1,185 parameters**, 10 seconds: CGN ends at 3.0e-6. L-BFGS with
+#   the scaled loss has 130 times this error.
+# - **Poisson in five dimensions, 449 parameters**, 10 seconds: CGN ends at 3.1e-5.
+#   BFGS has 130 times this error.
+# - **The fit, 301 parameters**, 10 seconds: CGN ends at 3.8e-6. BFGS has 2.6 times
+#   this error, and L-BFGS with the scaled loss 13 times.
+# - **Poisson, 9,873 parameters**, 40 seconds: LARGE
 #
-# DETAILS
+# With 1,185 parameters, ``Nystrom`` ends lower than ``cholesky`` in the same time;
+# with fewer, the two are close, or ``cholesky`` ends lower.
 #
 # A published comparison
 # ----------------------
@@ -483,9 +492,10 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 
 # %%
 # - **Many parameters.** :math:`J` has :math:`N n` numbers, and an exact solve takes
-#   time :math:`n N \min(n, N)`. LARGE
+#   time :math:`n N \min(n, N)`: see the last line of the list above.
 # - **Mini-batches.** Other points in every step are noise as well: see page 4.
-# - **float32.** The equations need the digits. FLOAT
+# - **float32.** With half the digits, the damping cannot fall as far: see the last
+#   exercise.
 #
 # Check yourself
 # --------------
@@ -503,7 +513,7 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 # .. fold:: Change the code: let the fit at the top of the page run in ``float32``,
 #     without the first ``set_default_dtype``. How small does the loss get?
 #
-#    The loss stays at least five times as large as in ``float64``.
+#    The loss stays at least three times as large as in ``float64``.
 
 # Run the fit in single precision.
 model = nn.Sequential(nn.Linear(1, 100), nn.Tanh(), nn.Linear(100, 1))
@@ -523,4 +533,4 @@ for _ in range(301):
     optimizer.zero_grad()
     adaptive.step(curvature.backward((residual, x, y)), evaluate)
 print(f"loss {evaluate():.1e} in single precision")
-assert evaluate() > 5 * in_double
+assert evaluate() > 3 * in_double
