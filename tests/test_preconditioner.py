@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cgn_tutorial import GGN, CGNOptimizer, Hessian, JacobianProduct, Nystrom, cg, cholesky
+from cgn_tutorial.parallel import _checksums
 
 DOUBLE = torch.float64
 
@@ -151,6 +152,22 @@ def test_copies_and_pickles_keep_the_preconditioner():
     )
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.preconditioner.rank == 7
+
+
+def test_processes_with_other_preconditioners_differ():
+    model = nn.Linear(2, 3)
+    curvature = GGN([model.parameters()])
+    outputs = model(torch.ones(1, 2))
+    curvature.backward(outputs.square().sum(), outputs)
+
+    def options_of(preconditioner):
+        optimizer = CGNOptimizer(model.parameters(), curvature, preconditioner=preconditioner)
+        return _checksums(optimizer, optimizer.blocks(), 1)[1].item()
+
+    assert options_of(Nystrom(7)) == options_of(Nystrom(7))
+    assert options_of(lambda block, lam: None) == options_of(lambda block, lam: None)
+    kinds = None, cholesky, Nystrom(7), Nystrom(8), Nystrom(7, every=3)
+    assert len({options_of(kind) for kind in kinds}) == len(kinds)
 
 
 def test_bad_options_are_refused():

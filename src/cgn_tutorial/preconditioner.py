@@ -103,6 +103,10 @@ class Nystrom:
         # For the names of each block: the number of steps served, U and S.
         self._approximations: dict[tuple[str, ...], tuple[int, Tensor, Tensor]] = {}
 
+    def __repr__(self) -> str:
+        """The constructor's call, by which `whole_batch` compares the processes."""
+        return f"Nystrom(rank={self.rank}, every={self.every}, seed={self.seed})"
+
     def __call__(self, block: Block, lam: Tensor) -> Matvec:
         """The function v ↦ M v, with an approximation of this step or an earlier one.
 
