@@ -726,10 +726,13 @@ def test_page_has_a_row_for_each_test_and_each_wrong_number():
     assert sections == set(re.findall(r"^(.+)\n~+$", page, re.MULTILINE))
 
 
+OTHERS = "optimizer", "damping", "cg", "preconditioner", "jacobian"
+
+
 def test_page_names_tests_of_options_that_exist():
     table = rows(table_of_options(PAGE.read_text(encoding="utf-8")), columns=3)[1:]
     named = {check.strip("`") for *_, check in table if check.startswith("`test_")}
-    files = [Path(__file__).with_name(f"test_{name}.py") for name in ("optimizer", "damping", "cg")]
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in OTHERS]
     sources = "".join(file.read_text(encoding="utf-8") for file in files)
     tests = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
     assert len(named) > 20
