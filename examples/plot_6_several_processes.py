@@ -14,7 +14,8 @@ also needs the curvature :math:`C` of the whole batch, and each process knows a
 part of it. This page finds out what has to be exchanged, trains in two processes,
 and gives a script for your own machines.
 
-*About 10 minutes to read, and one to run.*
+*About 10 minutes to read, and one to run.* To run this page, ``pip install`` the
+package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
