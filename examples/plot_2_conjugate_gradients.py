@@ -465,8 +465,9 @@ _ = describe(
 )
 
 # %%
-# Less damping costs products, and lengthens the step. Each tenth of the
-# damping costs less than the factor :math:`\sqrt{10}`, and every solve takes
+# Less damping costs products, and lengthens the step. If the
+# damping falls to a tenth, the number of products grows by less than
+# :math:`\sqrt{10}`. Every solve takes
 # far fewer products than the 250 unknowns.
 #
 # When to stop

@@ -275,7 +275,7 @@ assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
 # For each layer's weight: the gradient's length, the largest eigenvalue of the
-# GGN's block, the length of the step, and the cosine of step and :math:`-g`.
+# GGN's block, the ratio of step and gradient, and the cosine of step and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.
@@ -314,8 +314,8 @@ for when, rows in tables.items():
 
 # %%
 # Before training, the curvature of both convolutions is below the damping of
-# 0.01: their steps are nearly :math:`-g / \lambda`. The last layer's step is
-# shorter by more than a hundred. All four steps point roughly along :math:`-g`:
+# 0.01: their steps are nearly :math:`-g / \lambda`. The last layer's ratio is
+# smaller by more than a hundred. All four steps point roughly along :math:`-g`:
 # the curvature acts much like a learning rate for each layer. After training, the
 # curvature of all layers is above the damping, and the steps turn away from the
 # gradient.
@@ -513,7 +513,7 @@ _ = explorable(figure, "runs", data)
 # %%
 # With dampings of 0.1 and 1, the loss stays on the plateau. With 0.001 the loss
 # falls sooner than with 0.01, for about twice the products. With 0.0001 the loss
-# falls as soon, for still more products, and ends higher.
+# falls as soon, for still more products, and ends higher than with 0.001.
 
 # Check what the last lines say.
 late_losses = [sum(history.loss[-10:]) / 10 for history in by_damping]

@@ -5,7 +5,7 @@ r"""
 In 50 steps, `page 3 <plot_3_matrix_free_optimization.html>`__ trained a network on
 which 50 steps of gradient descent do nothing. But a Newton step costs several
 gradients, and plain gradient descent is not the rival to beat. Here, Newton steps
-race by the clock against rivals that are tuned as their friends would tune them. The
+race by the clock against rivals whose settings a random search chose. The
 page shows what the `full experiments <../experiments.html>`__ found, and repeats a
 part of them from two fresh seeds.
 
@@ -210,7 +210,7 @@ for seed in SEEDS:
         print(f"seed {seed}  {method:10} {took_here}")
 
 # %%
-# The order by seconds depends on the machine: read the last column.
+# The order by seconds depends on the machine: compare the steps.
 
 # Check the steps.
 for one in zip(*reached.values(), strict=True):
@@ -344,7 +344,8 @@ assert max(adams) < min(rest)
 # - **Which batch?** 64 or 128: for CGN and CGN + Adam, the search chose no larger ones.
 #
 # And when not? If Muon or Adam makes progress from the first steps on, and on the
-# autoencoder.
+# autoencoder. On another kind of problem, least squares to many digits, Newton steps
+# win by far: see `page 7 <plot_7_where_it_wins.html>`__.
 #
 # Check yourself
 # --------------

@@ -397,7 +397,8 @@ _ = describe(
 # %%
 # The closer to the loss, the cheaper: one product of the first convolution takes
 # as long as many of the last layer. The whole network's product passes through
-# all layers once, and costs less than a product of each layer. A network may
+# all layers once, and costs less than the products of all layers together. A
+# network may
 # also be small enough for its matrix: `Dense or not
 # <plot_c_dense_or_not.html>`__ compares.
 #

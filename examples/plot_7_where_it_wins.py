@@ -2,7 +2,8 @@ r"""
 7. Where it wins
 ================
 
-Newton steps win on **least squares to many digits**, by factors of ten and more.
+Newton steps win on **least squares to many digits**: on four of six problems below,
+the best of the tuned rivals has 29 to 140 times the error in the same time.
 This page fits a function, and solves a differential equation with a network. Every
 step solves
 
@@ -21,8 +22,9 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # Ten seconds: fit a function
 # ---------------------------
 #
-# Fit :math:`\sin(10x) / (10x)` with a network of 301 parameters. The loss is
-# :math:`\tfrac12 \|r\|^2`, half the mean of the squared residuals. If the residual
+# Fit :math:`\sin(10x) / (10x)` with a network of 301 parameters. The loss is half the
+# mean of the squared residuals, :math:`\tfrac12 \|r\|^2` with the factor
+# :math:`1 / \sqrt N` in :math:`r`. If the residual
 # of *one* sample is a function, ``JacobianGGN`` computes all rows of :math:`J`:
 
 import torch
@@ -73,7 +75,8 @@ for step in range(301):
         print(f"step {step:3}: loss {loss:.1e}")
 
 # %%
-# Three lines differ from any other training loop. ``cholesky`` solves each system
+# Three names differ from other training loops. ``JacobianGGN`` takes the place of
+# ``loss.backward()``. ``cholesky`` solves each system
 # exactly: with 301 unknowns, the matrix is small. ``LevenbergMarquardt`` adapts
 # :math:`\lambda`: down by up to a factor of three after a good step, up after a bad
 # step, which it takes back. In ``float64``, :math:`\lambda` may fall to
@@ -284,7 +287,7 @@ for high, middle, low in zip(*ends, strict=True):
     assert low < middle / 3 < high / 9
 
 # %%
-# From each seed, each lower bound ends at less than a third of the loss.
+# From each seed, each bound ends at less than a third of the loss of the bound above.
 #
 # What a step costs
 # -----------------
@@ -338,9 +341,11 @@ assert all(c["product, stored J"] < 1 / 3 for c in costs.values())
 # %%
 # A Cholesky factorization grows with :math:`n^3` (or with :math:`N^3` for fewer
 # residuals than parameters, by the identity of Woodbury). Beyond a thousand or two,
-# conjugate gradients (CG) take over, with a **preconditioner**. ``Nystrom``
-# multiplies :math:`J^\top J` by a few random directions, and learns its largest
-# eigenvalues. Compare the products that one solve takes:
+# conjugate gradients (CG) take over, with a **preconditioner**: a matrix :math:`M`
+# near the inverse. CG then needs few iterations, and the solution is the same.
+# ``Nystrom`` multiplies :math:`J^\top J` by random directions, as many as its rank,
+# all at once. From these products, ``Nystrom`` learns the largest eigenvalues, and
+# builds :math:`M`. Compare the products of CG in one solve:
 
 # Solve one system, with and without preconditioners.
 import copy
@@ -372,7 +377,7 @@ counts = {
     "exact": products_of(cholesky),
 }
 for label, count in counts.items():
-    print(f"{label:18}{count:6,} products")
+    print(f"{label:18}{count:6,}")
 assert counts["exact"] < 10
 assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 
@@ -416,7 +421,7 @@ figure.legend(loc="outside lower center", ncols=2)
 _ = describe(
     figure,
     "The error over time for seven methods, three runs each. The two curves of"
-    " CGN leave the others within the first second, and end tens of times"
+    " CGN leave the others within the first second, and end several times"
     " lower. BFGS is next, then the L-BFGS methods. Adam and momentum hardly"
     " move.",
 )

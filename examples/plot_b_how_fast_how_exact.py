@@ -330,7 +330,8 @@ _ = describe(
 # BackPACK computes the diagonal of the GGN; the `benchmarks
 # <../benchmarks.html#what-else-was-tried>`__ compare its price with the products that the diagonal
 # saves. Martens (2010) and Chapelle and Erhan, "Improved Preconditioner for Hessian Free
-# Optimization" (2011), use cheaper preconditioners. The tutorial uses damping alone.
+# Optimization" (2011), use cheaper preconditioners. On images, the tutorial uses damping
+# alone; `page 7 <plot_7_where_it_wins.html>`__ preconditions.
 #
 # Rounding
 # --------
