@@ -231,7 +231,7 @@ def test_nielsens_rule_falls_fast_and_rises_faster_each_time():
     adaptive = LevenbergMarquardt(optimizer, minimum=0.1, rule="nielsen")
     factors = [adaptive._factor(rho) for rho in (1.0, 0.75, 0.5, 0.25, -1.0, -1.0, -math.inf)]
     assert factors == [1 / 3, 0.875, 1.0, 1.125, 2.0, 4.0, 8.0]
-    assert adaptive._factor(math.nan) == 1.0
+    assert adaptive._factor(math.nan) == 1 / 3
     assert adaptive._factor(0.9) == max(1 / 3, 1 - 0.8**3)
     assert adaptive._factor(-1.0) == 2.0
 

@@ -98,6 +98,46 @@ def test_gradients_accumulate_and_hooks_run_as_in_a_backward_pass(model, terms):
     torch.testing.assert_close(model[0].bias.grad, 3 * once)
 
 
+def test_a_residual_may_hold_the_model_and_use_its_parts(model, terms):
+    other = copy.deepcopy(model)
+
+    def held(_, x, y):
+        return model(x) - y + model[0].bias.sum() * other[0].weight.sum()
+
+    def given(model, x, y):
+        return model(x) - y + model[0].bias.sum() * other[0].weight.sum()
+
+    gradients = []
+    for residual in held, given:
+        model.zero_grad()
+        loss = JacobianGGN(model, [model.parameters()]).backward((residual, *terms[0][1:]))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    model.zero_grad()
+    expected, _ = by_autograd(model, ((given, *terms[0][1:]),))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for found in gradients:
+        torch.testing.assert_close(found, [p.grad for p in model.parameters()])
+
+
+def test_what_the_model_assigns_is_undone(model, terms):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+            self.register_buffer("seen", torch.zeros(3, dtype=DOUBLE))
+
+        def forward(self, x):
+            self.seen = self.seen + self.inner(x)
+            return self.seen
+
+    counting = Counting()
+    curvature = JacobianGGN(counting, [counting.parameters()])
+    curvature.backward(terms[0])
+    curvature.loss(terms[0])
+    assert torch.equal(counting.seen, torch.zeros(3, dtype=DOUBLE))
+
+
 def test_products_outlive_a_step_that_is_taken_back(model, terms):
     curvature = JacobianGGN(model, [model.parameters()])
     curvature.backward(*terms)

@@ -30,8 +30,8 @@ class LevenbergMarquardt:
 
     - `"martens"`: λ ← 2/3 λ if ρ > 3/4, a good model; λ ← 3/2 λ if ρ < 1/4, a bad model. This rule
       changes λ slowly, as losses of mini-batches ask for.
-    - `"nielsen"`: λ ← max(1/3, 1 − (2ρ − 1)³) λ if ρ > 0; else λ ← ν λ, with ν = 2, 4, 8, … from
-      one such step to the next. λ may fall by powers of ten in a few steps, as exact losses of
+    - `"nielsen"`: λ ← max(1/3, 1 − (2ρ − 1)³) λ if ρ > 0; else λ ← ν λ, with ν = 2, 4, …, 64
+      from one such step to the next. λ may fall by powers of ten in a few steps, as exact losses of
       least squares allow.
 
     Compute both losses on the batch of the gradient and the curvature, several hundred samples or
@@ -76,7 +76,8 @@ class LevenbergMarquardt:
 
     Source:
         Martens, "Deep learning via Hessian-free optimization" (2010), after Levenberg (1944) and
-        Marquardt (1963); Nielsen, "Damping parameter in Marquardt's method" (1999).
+        Marquardt (1963); Nielsen, "Damping parameter in Marquardt's method" (1999),
+        whose ρ leaves the damping out of the prediction.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class LevenbergMarquardt:
 
         Returns:
             The ratio ρ. It is −∞ if the loss after the step was not finite, and NaN if both changes
-            are smaller than the rounding of the loss. NaN leaves λ as it is.
+            are smaller than the rounding of the loss. After NaN, "martens" leaves λ as it is, and
+            "nielsen" divides λ by 3: λ may have grown so far that nothing moves.
 
         Raises:
             RuntimeError: As the optimizer's `step()`.
@@ -143,14 +145,12 @@ class LevenbergMarquardt:
 
     def _factor(self, rho: float) -> float:
         """What the rule multiplies λ by."""
-        if math.isnan(rho):
-            return 1.0
         if self.rule == "martens":
-            return 2 / 3 if rho > 3 / 4 else 3 / 2 if rho < 1 / 4 else 1.0
-        if rho > 0:
+            return 2 / 3 if rho > 3 / 4 else 3 / 2 if rho < 1 / 4 else 1.0  # NaN is neither
+        if rho > 0 or math.isnan(rho):
             self._rise = 2.0
-            return max(1 / 3, 1 - (2 * rho - 1) ** 3)
-        rise, self._rise = self._rise, 2 * self._rise
+            return 1 / 3 if math.isnan(rho) else max(1 / 3, 1 - (2 * rho - 1) ** 3)
+        rise, self._rise = self._rise, min(2 * self._rise, 64.0)
         return rise
 
     def _evaluated(self, evaluate: Callable[[], Tensor | float]) -> float:

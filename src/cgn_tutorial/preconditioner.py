@@ -84,8 +84,9 @@ class Nystrom:
 
     Note:
         If λ differs within a block, M uses the mean. C must be positive semi-definite, as a GGN is.
-        Approximations are no part of the optimizer's `state_dict`: after loading a checkpoint, the
-        next step makes new ones.
+        Approximations are no part of the optimizer's `state_dict`: to repeat a run from a
+        checkpoint to the last digit, take `every=1`. Half precision has no factorizations in torch:
+        train in float32 or float64.
 
     Source:
         Frangella, Tropp and Udell, "Randomized Nyström preconditioning" (2023); for networks that
@@ -100,8 +101,8 @@ class Nystrom:
         self.every = every
         self.seed = seed
         self._tests: dict[int, Tensor] = {}  # Ω, for each n
-        # For the names of each block: the number of steps served, U and S.
-        self._approximations: dict[tuple[str, ...], tuple[int, Tensor, Tensor]] = {}
+        # For the first parameter of each block: the number of steps served, U and S.
+        self._approximations: dict[Tensor, tuple[int, Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
         """The constructor's call, by which `whole_batch` compares the processes."""
@@ -113,12 +114,14 @@ class Nystrom:
         Raises:
             ValueError: C is not positive semi-definite.
         """
-        age, U, S = self._approximations.get(block.names, (self.every, lam, lam))
-        if age >= self.every or len(U) != len(lam) or U.dtype != lam.dtype:
+        key = block.parameters[0]
+        age, U, S = self._approximations.get(key, (self.every, lam, lam))
+        if age >= self.every or (len(U), U.dtype, U.device) != (len(lam), lam.dtype, lam.device):
             age, (U, S) = 0, self._approximate(block, lam)
-        self._approximations[block.names] = age + 1, U, S
+        self._approximations[key] = age + 1, U, S
+        # Below this λ, rounding would cost M its positive definiteness.
         rounding = torch.finfo(lam.dtype)
-        mean = lam.mean() + rounding.eps * S[0] + rounding.tiny  # above 0, even if λ = 0
+        mean = lam.mean() + ROUNDINGS * rounding.eps * S[0] + rounding.tiny
         weights = (S[-1] + mean) / (S + mean) - 1
         return lambda v: v + U @ (weights * (U.T @ v))
 
@@ -145,7 +148,9 @@ class Nystrom:
 
 def _safe(lam: Tensor, diagonal: Tensor) -> Tensor:
     """λ, raised to what the rounding of a matrix with this diagonal allows."""
-    return lam + ROUNDINGS * torch.finfo(lam.dtype).eps * diagonal.abs().amax()
+    rounding = torch.finfo(lam.dtype)
+    least: Tensor = ROUNDINGS * rounding.eps * diagonal.abs().amax() + rounding.tiny**0.5
+    return lam + least
 
 
 def _factor(A: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         seconds: Processor seconds of training so far.
-        steps: Steps so far; for methods with a line search, evaluations of the gradient.
+        steps: Steps so far; for L-BFGS, evaluations of the gradient.
         l2: The relative error in L².
         h1: The relative error in H¹.
     """
