@@ -52,6 +52,7 @@ def by_autograd(model, terms):
     return sum(r.square().sum() / (2 * len(r)) for r in outputs), outputs
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_loss_gradient_and_products_are_autograds(model, terms, chunk_size):
     other = copy.deepcopy(model)

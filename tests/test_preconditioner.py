@@ -147,6 +147,7 @@ def train(curvature_class=GGN, steps=4, **options):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), products
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "preconditioner", [cholesky, Nystrom(20, every=1)], ids=["cholesky", "nystrom"]
 )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam, Muon, Optimizer, RMSprop
+from torch.optim import LBFGS, SGD, Adam, Optimizer, RMSprop
 
 from cgn_tutorial import GGN, Block, CGNOptimizer, cg, layers
 from cgn_tutorial.pages.data import load_mnist
@@ -94,12 +94,15 @@ def _muon(
     adam_lr: float,
     betas: tuple[float, float],
 ) -> Way:
-    """Muon for the matrices of hidden layers, kernels as matrices, and Adam for all the rest."""
+    """Muon for the matrices of hidden layers, kernels as matrices, and Adam for all the rest.
+
+    Torch has Muon since version 2.9.
+    """
     *hidden, last = [p for p in model.parameters() if p.ndim > 1]
     rest = [last, *(p for p in model.parameters() if p.ndim == 1)]
     matrices = [_matrix(p.detach()).requires_grad_() for p in hidden]  # in the same memory
     optimizers: list[Optimizer] = [
-        Muon(matrices, lr, weight_decay=0.0, momentum=momentum),
+        torch.optim.Muon(matrices, lr, weight_decay=0.0, momentum=momentum),
         Adam(rest, adam_lr, betas, fused=True),
     ]
 
