@@ -121,7 +121,8 @@ def experiments(session: nox.Session) -> None:
 def site(session: nox.Session) -> None:
     """Look at every page of the built site in a browser; arguments go to pytest."""
     install(session, "site")
-    session.run("pytest", "--confcutdir=tests/site", *PARALLEL, "tests/site", *session.posargs)
+    options = ("--confcutdir=tests/site", *PARALLEL, "--dist", "loadgroup")  # a page, a process
+    session.run("pytest", *options, "tests/site", *session.posargs)
 
 
 @nox.session

@@ -296,18 +296,10 @@ _ = describe(
 #    \alpha_i`. For :math:`i < k`, both residuals are orthogonal to :math:`r_{k+1}`, so
 #    that :math:`r_{k+1}^\top A p_i = 0`; and :math:`p_k^\top A p_i = 0`, as the earlier
 #    directions are conjugate. So :math:`p_{k+1}` is conjugate to :math:`p_i`, for any
-#    :math:`\beta_k`. Only :math:`p_k` is left. There,
-#
-#    .. math::
-#
-#       \begin{aligned}
-#       r_{k+1}^\top A p_k
-#       &= \frac{r_{k+1}^\top (r_k - r_{k+1})}{\alpha_k}
-#       = -\frac{r_{k+1}^\top r_{k+1}}{\alpha_k} , \\
-#       p_k^\top A p_k &= \frac{r_k^\top r_k}{\alpha_k} , \\
-#       \beta_k &= -\frac{r_{k+1}^\top A p_k}{p_k^\top A p_k}
-#       = \frac{r_{k+1}^\top r_{k+1}}{r_k^\top r_k} .
-#       \end{aligned}
+#    :math:`\beta_k`. Only :math:`p_k` is left. There, :math:`r_{k+1}^\top A p_k =
+#    -r_{k+1}^\top r_{k+1} / \alpha_k` and :math:`p_k^\top A p_k = r_k^\top r_k /
+#    \alpha_k`. Conjugacy asks for :math:`\beta_k = -(r_{k+1}^\top A p_k) / (p_k^\top A
+#    p_k)`, the ratio above.
 #
 # The loop below is the whole method.
 

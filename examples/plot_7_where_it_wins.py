@@ -508,7 +508,8 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 # %%
 # - **Many parameters.** :math:`J` has :math:`N n` numbers, and an exact solve takes
 #   time :math:`n N \min(n, N)`. With 9,873 parameters, the race above is a tie.
-# - **Mini-batches.** Other points in every step are noise as well: see page 4.
+# - **Mini-batches.** Other points in every step are noise as well: see `page 4
+#   <plot_4_is_it_worth_it.html>`__.
 # - **float32.** With half the digits, the damping cannot fall as far: see the last
 #   exercise.
 #

@@ -3,9 +3,12 @@
 A page is opened once on the server, and all tests look at that. From a file it is opened again.
 """
 
+from contextlib import suppress
+
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import BASE, MAIN, PAGES, SITE, WRITTEN
+from playwright.sync_api import TimeoutError as TimedOut
 
 THEMES = ("light", "dark")
 WIDTHS = (1280, 375)
@@ -126,14 +129,28 @@ def ours(page, address):
     assert page.problems == []
 
 
-every_page = pytest.mark.parametrize("opened", PAGES, indirect=True)
-written_pages = pytest.mark.parametrize("opened", WRITTEN, indirect=True)
+def in_turn(paths):
+    """Let one process look at a page, test after test: they share the page that is opened."""
+    groups = [pytest.param(path, marks=pytest.mark.xdist_group(path)) for path in paths]
+    return pytest.mark.parametrize("opened", groups, indirect=True)
+
+
+every_page, written_pages = in_turn(PAGES), in_turn(WRITTEN)
+
+#: The theme lets the keyboard reach what scrolls, and no more, a moment after the width changed.
+REACHABLE = """
+() => [...document.querySelectorAll("pre, .pst-scrollable-table-container")].every((box) =>
+  (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight)
+  === (box.tabIndex === 0))
+"""
 
 
 def show(page, width, theme):
     page.set_viewport_size({"width": width, "height": 900})
     page.emulate_media(color_scheme=theme)
     page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+    with suppress(TimedOut):  # the tests say what stays out of reach
+        page.wait_for_function(REACHABLE, timeout=2000)
 
 
 @every_page
