@@ -510,8 +510,7 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 #   time :math:`n N \min(n, N)`. With 9,873 parameters, the race above is a tie.
 # - **Mini-batches.** Other points in every step are noise as well: see `page 4
 #   <plot_4_is_it_worth_it.html>`__.
-# - **float32.** With half the digits, the damping cannot fall as far: see the last
-#   exercise.
+# - **float32.** The loss of the fit stays larger: see the last exercise.
 #
 # Check yourself
 # --------------

@@ -423,9 +423,8 @@ class CGNOptimizer(Optimizer):
         `[V, *p.shape] → [V, *p.shape]`.
 
         All hyperparameters from `lr` on, but for `preconditioner`, are options of parameter groups,
-        and may change between steps. Within a
-        block, all options but `damping` and `weight_decay` must agree; `max_length` must agree over
-        all blocks of a step.
+        and may change between steps. Within a block, all options but `damping` and `weight_decay`
+        must agree; `max_length` must agree over all blocks of a step.
 
         Several processes that share a batch take the step of the whole batch with
         `cgn_tutorial.parallel.whole_batch`.
