@@ -249,7 +249,8 @@ _ = describe(
 assert all((s < 1e-10 * s[0]).sum() > 20 for s in spectra.values())
 
 # %%
-# Momentum needs about the root of :math:`s_1 / s_i` steps. A damped Newton step
+# The figure ends at :math:`10^{-18}`, and what lies below :math:`10^{-16} s_1` is
+# rounding. Momentum needs about the root of :math:`s_1 / s_i` steps. A damped Newton step
 # shrinks each part by :math:`\lambda / (s_i + \lambda)`: all parts with
 # :math:`s_i \gg \lambda` at once, however small :math:`s_i`.
 #
