@@ -41,38 +41,37 @@ torch.set_default_dtype(torch.float64)
 x = torch.linspace(-1, 1, 400)[:, None]
 y = torch.sinc(10 / torch.pi * x)
 
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(1, 100), nn.Tanh(), nn.Linear(100, 1))
-
 
 def residual(model, x, y):
     """The residual of one sample."""
     return model(x) - y
 
 
-curvature = JacobianGGN(model, [model.parameters()])
-optimizer = CGNOptimizer(
-    model.parameters(),
-    curvature,
-    lr=1.0,
-    damping=1e-2,
-    tol=1e-2,
-    atol=0.0,
-    preconditioner=cholesky,
-)
-adaptive = LevenbergMarquardt(optimizer, minimum=1e-14, rule="nielsen")
+def fit(x, y, steps=301):
+    """Train, and return the last loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 100), nn.Tanh(), nn.Linear(100, 1))
+    curvature = JacobianGGN(model, [model.parameters()])
+    optimizer = CGNOptimizer(
+        model.parameters(),
+        curvature,
+        lr=1.0,
+        damping=1e-2,
+        tol=1e-2,
+        atol=0.0,
+        preconditioner=cholesky,
+    )
+    adaptive = LevenbergMarquardt(optimizer, minimum=1e-14, rule="nielsen")
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = curvature.backward((residual, x, y))
+        adaptive.step(loss, lambda: curvature.loss((residual, x, y)))
+        if step in (0, 3, 10, 30, 100, 300):
+            print(f"step {step:3}: loss {loss:.1e}")
+    return loss.item()
 
 
-def evaluate():
-    return curvature.loss((residual, x, y))
-
-
-for step in range(301):
-    optimizer.zero_grad()
-    loss = curvature.backward((residual, x, y))
-    adaptive.step(loss, evaluate)
-    if step in (0, 3, 10, 30, 100, 300):
-        print(f"step {step:3}: loss {loss:.1e}")
+in_double = fit(x, y)
 
 # %%
 # Three names differ from other training loops. ``JacobianGGN`` takes the place of
@@ -83,7 +82,6 @@ for step in range(301):
 # :math:`10^{-14}`.
 
 # Check the last loss.
-in_double = evaluate().item()
 assert in_double < 1e-8
 torch.set_default_dtype(torch.float32)
 
@@ -532,21 +530,5 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 #    The loss stays at least three times as large as in ``float64``.
 
 # Run the fit in single precision.
-model = nn.Sequential(nn.Linear(1, 100), nn.Tanh(), nn.Linear(100, 1))
-x, y = x.float(), y.float()
-curvature = JacobianGGN(model, [model.parameters()])
-optimizer = CGNOptimizer(
-    model.parameters(),
-    curvature,
-    lr=1.0,
-    damping=1e-2,
-    tol=1e-2,
-    atol=0.0,
-    preconditioner=cholesky,
-)
-adaptive = LevenbergMarquardt(optimizer, minimum=1e-14, rule="nielsen")
-for _ in range(301):
-    optimizer.zero_grad()
-    adaptive.step(curvature.backward((residual, x, y)), evaluate)
-print(f"loss {evaluate():.1e} in single precision")
-assert evaluate() > 3 * in_double
+in_single = fit(x.float(), y.float())
+assert in_single > 3 * in_double
