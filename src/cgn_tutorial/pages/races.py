@@ -94,30 +94,37 @@ def _muon(
     adam_lr: float,
     betas: tuple[float, float],
 ) -> Way:
-    """Muon for the matrices of hidden layers, kernels as matrices, and Adam for all the rest.
-
-    Torch has Muon since version 2.9.
-    """
+    """Muon for the matrices of hidden layers, kernels as matrices, and Adam for all the rest."""
     *hidden, last = [p for p in model.parameters() if p.ndim > 1]
     rest = [last, *(p for p in model.parameters() if p.ndim == 1)]
-    matrices = [_matrix(p.detach()).requires_grad_() for p in hidden]  # in the same memory
-    optimizers: list[Optimizer] = [
-        torch.optim.Muon(matrices, lr, weight_decay=0.0, momentum=momentum),
-        Adam(rest, adam_lr, betas, fused=True),
-    ]
+    optimizers = [_muon_of(hidden, lr, momentum), Adam(rest, adam_lr, betas, fused=True)]
 
     def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         model.zero_grad()
         outputs = model(inputs)
         loss = loss_function(outputs, targets)
         loss.backward()
-        for matrix, p in zip(matrices, hidden, strict=True):
-            matrix.grad = _matrix(p.grad) if p.grad is not None else None
         for optimizer in optimizers:
             optimizer.step()
         return loss, outputs
 
     return Way(optimizers, step)
+
+
+def _muon_of(weights: Sequence[Tensor], lr: float, momentum: float) -> Optimizer:
+    """Muon for weights, each taken for a matrix with a row for each output, in the same memory.
+
+    Torch has Muon since version 2.9.
+    """
+    matrices = [_matrix(p.detach()).requires_grad_() for p in weights]
+    muon: Optimizer = torch.optim.Muon(matrices, lr, weight_decay=0.0, momentum=momentum)
+
+    def take_gradients(*_: Any) -> None:
+        for matrix, p in zip(matrices, weights, strict=True):
+            matrix.grad = None if p.grad is None else _matrix(p.grad)
+
+    muon.register_step_pre_hook(take_gradients)
+    return muon
 
 
 def _matrix(p: Tensor) -> Tensor:
@@ -132,13 +139,15 @@ def _newton(
     maxiter: int | Sequence[int] = 20,
     adam_lr: float = 1e-2,
     betas: tuple[float, float] = (0.9, 0.999),
+    muon_lr: float | None = None,
+    momentum: float = 0.95,
     without_curvature: Sequence[int] = (),
     keep_length: bool = False,
     **options: Any,
 ) -> Way:
     """Newton steps in the `last` layers, or in all, a block each, and Adam's steps in the others.
 
-    Each block may have its own `maxiter`. The blocks with numbers in `without_curvature`, counted
+    With `muon_lr`, Muon moves the matrices of the others, and Adam their biases. Each block may have its own `maxiter`. The blocks with numbers in `without_curvature`, counted
     from 0, take gradient steps: v = −g / λ, or, to `keep_length`, −g times the number that makes v
     as long as the Newton step.
     """
@@ -150,7 +159,11 @@ def _newton(
     newton = CGNOptimizer(groups, curvature, **options)
     optimizers: list[Optimizer] = [newton]
     inside = {p for block in curvature.blocks for p in block}
-    if outside := [p for p in model.parameters() if p not in inside]:
+    outside = [p for p in model.parameters() if p not in inside]
+    if muon_lr is not None:
+        optimizers.append(_muon_of([p for p in outside if p.ndim > 1], muon_lr, momentum))
+        outside = [p for p in outside if p.ndim == 1]
+    if outside:
         optimizers.append(Adam(outside, adam_lr, betas, fused=True))
 
     def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,9 +204,9 @@ def _stiffness(block: Block) -> float:
 
 
 #: Each method makes a `Way` from a model, a loss function and options. "CGN" takes Newton steps
-#: with the GGN by autograd, a block per layer; "CGN + Adam" takes them in the `last` layers, and
-#: Adam's steps in the others. "Muon" takes Adam's steps in the last layer and for biases. One more
-#: line adds a rival.
+#: with the GGN by autograd, a block per layer; "CGN + Adam" and "CGN + Muon" take them in the `last`
+#: layers, and the other method's steps in the others. "Muon" takes Adam's steps in the last layer
+#: and for biases. One more line adds a rival.
 METHODS: Mapping[str, Method] = {
     "SGD": partial(_gradient, _sgd),
     "Adam": partial(_gradient, partial(Adam, fused=True)),
@@ -202,6 +215,7 @@ METHODS: Mapping[str, Method] = {
     "L-BFGS": partial(_gradient, LBFGS),
     "CGN": _newton,
     "CGN + Adam": partial(_newton, last=2),
+    "CGN + Muon": partial(_newton, last=1, muon_lr=0.2),
 }
 
 #: How a rate falls: its factor after a share t of the steps. The run ends at t = 1.
