@@ -489,7 +489,7 @@ def work(jobs: Iterable[Job], found: dict[str, Any], path: Path, processes: int 
 
 def described(setting: Setting) -> str:
     """A setting as a table has it."""
-    names = {"lr": "rate", "muon_lr": "Muon's rate", "damping": "λ", "tol": "tol", "maxiter": "products"}
+    names = {"lr": "rate", "muon_lr": "Muon's rate", "damping": "λ", "maxiter": "products"}
     names |= {"max_length": "length", "betas": "β", "adam_lr": "Adam's rate", "last": "last layers"}
     names |= {"max_iter": "evaluations", "history_size": "history", "line_search_fn": "line search"}
     parts = [f"batch {setting.batch_size}"]

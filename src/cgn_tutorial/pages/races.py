@@ -147,9 +147,10 @@ def _newton(
 ) -> Way:
     """Newton steps in the `last` layers, or in all, a block each, and Adam's steps in the others.
 
-    With `muon_lr`, Muon moves the matrices of the others, and Adam their biases. Each block may have its own `maxiter`. The blocks with numbers in `without_curvature`, counted
-    from 0, take gradient steps: v = −g / λ, or, to `keep_length`, −g times the number that makes v
-    as long as the Newton step.
+    With `muon_lr`, Muon moves the matrices of the others, and Adam their biases. Each block may
+    have its own `maxiter`. The blocks with numbers in `without_curvature`, counted from 0, take
+    gradient steps: v = −g / λ, or, to `keep_length`, −g times the number that makes v as long as
+    the Newton step.
     """
     curvature = GGN(layers(model)[-last if last else None :])
     budgets = [maxiter] * len(curvature.blocks) if isinstance(maxiter, int) else maxiter
@@ -204,9 +205,9 @@ def _stiffness(block: Block) -> float:
 
 
 #: Each method makes a `Way` from a model, a loss function and options. "CGN" takes Newton steps
-#: with the GGN by autograd, a block per layer; "CGN + Adam" and "CGN + Muon" take them in the `last`
-#: layers, and the other method's steps in the others. "Muon" takes Adam's steps in the last layer
-#: and for biases. One more line adds a rival.
+#: with the GGN by autograd, a block per layer. "CGN + Adam" and "CGN + Muon" take Newton steps in
+#: the `last` layers, and the other method's steps in the others. "Muon" takes Adam's steps in the
+#: last layer and for biases. One more line adds a rival.
 METHODS: Mapping[str, Method] = {
     "SGD": partial(_gradient, _sgd),
     "Adam": partial(_gradient, partial(Adam, fused=True)),
