@@ -44,7 +44,7 @@ def rows(path):
 
 
 def test_every_run_is_kept():
-    jobs = [*experiments.other_jobs(quick=False), *experiments.cost_jobs(FOUND, quick=False)]
+    jobs = [*experiments.other_jobs(FOUND, quick=False), *experiments.cost_jobs(FOUND, quick=False)]
     jobs += experiments.hand_jobs(FOUND, quick=False)
     for network in WORKLOADS:
         jobs += experiments.search_jobs(network, quick=False)
@@ -59,10 +59,11 @@ def test_the_tables_are_those_of_the_runs(network):
     assert kept == [dict.fromkeys(kept[0], "") | row for row in table]
 
 
-@pytest.mark.parametrize("name", ["ablation", "by_hand", "costs"])
+@pytest.mark.parametrize("name", ["ablation", "beside_muon", "by_hand", "costs"])
 def test_the_short_tables_are_those_of_the_runs(name):
     make = {
         "ablation": experiments.ablation_table,
+        "beside_muon": experiments.beside_muon_table,
         "by_hand": experiments.hand_table,
         "costs": experiments.cost_table,
     }[name]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,18 @@ SPACES: Mapping[str, dict[str, Draw]] = {
 }
 
 
+#: How each contender is drawn.
+LINES = {
+    "SGD": ("gray", "--"),
+    "Adam": ("orange", "--"),
+    "RMSprop": ("red", "--"),
+    "Muon": ("purple", "--"),
+    "L-BFGS": ("gray", ":"),
+    "CGN": ("blue", "-."),
+    "CGN + Adam": ("orange", "-"),
+    "CGN + Muon": ("purple", "-"),
+}
+
 MLP: Mapping[str, dict[str, Draw]] = {  # another number of layers
     "CGN": {"maxiter": choice(5, 10, 20)},
     "CGN + Adam": {"last": choice(2, 3, 5)},
@@ -209,6 +222,12 @@ ABLATION: Mapping[tuple[str, str], Setting] = {("none", ""): Setting("CGN", MAIN
     for length, keep in LENGTHS.items()
 }
 ABLATION_STEPS = 51
+#: The same in the last layers of CGN with Muon, at the setting that was tuned.
+BESIDE_MUON = {
+    "Newton": {},
+    "the gradient, as long": {"keep_length": True},
+    "the gradient, rate γ/λ": {"keep_length": False},
+}
 
 AUTOENCODER: Mapping[str, dict[str, Any]] = {
     "Adam, 5e-3, batch 256": {"damping": None, "lr": 5e-3, "batch_size": 256},
@@ -326,6 +345,14 @@ def ablation(seed: int, steps: int) -> list[list[float]]:
     """The losses of each way."""
     runs = race(list(ABLATION.values()), seed, steps=steps)
     return [[round(loss, 4) for loss in run.losses] for run in runs]
+
+
+def beside_muon(setting: Setting, seed: int, steps: int) -> list[Tests]:
+    """The tests of each way."""
+    last = tuple(range(setting.options["last"]))
+    ways = [options and options | {"without_curvature": last} for options in BESIDE_MUON.values()]
+    settings = [replace(setting, options={**setting.options, **options}) for options in ways]
+    return [rounded(run.tests) for run in race(settings, seed, goals=GOALS, steps=steps)]
 
 
 def costs(settings: Mapping[str, Setting], seed: int, steps: int) -> dict[str, dict[str, float]]:
@@ -458,9 +485,14 @@ def hand_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
         yield Job(f"by hand {seed}", weight, settings_race, (settings, seed, seconds))
 
 
-def other_jobs(quick: bool) -> Iterator[Job]:
+def other_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
     """Ablations, and the autoencoder."""
+    way = outcome(found, "sigmoid CNN", "CGN + Muon", GOALS[1], quick)
     for seed in FEW_SEEDS[: 1 if quick else None]:
+        if way:
+            setting = settings_of("sigmoid CNN", "CGN + Muon")[way[0]]
+            arguments = setting, seed, 2 if quick else 2 * ABLATION_STEPS
+            yield Job(f"beside Muon {seed}", 10.0, beside_muon, arguments)
         for label in AUTOENCODER:
             seconds = QUICK_SECONDS if quick else 16.0
             yield Job(f"autoencoder {label} {seed}", seconds, autoencoder, (label, seed, seconds))
@@ -565,22 +597,18 @@ def tuning_figure(found: Mapping[str, Any]) -> Figure:
 
     The median over random orders of the settings, on the first tuning seed.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3.4), layout="constrained")
-    colors = [*COLORS.values(), "#404040"]
+    figure, axes = plt.subplots(2, 1, figsize=(5, 7), sharex=True, layout="constrained")
     for ax, goal in zip(axes, GOALS[::2], strict=True):
-        for contender, color in zip(SPACES, colors, strict=False):
+        for contender, (color, style) in LINES.items():
             result = found[f"search sigmoid CNN, {contender}"]
             times = [first(tests, goal)[1] for tests in result["first"]]
             spent, fastest = best_of_k(times, result["seconds"])
-            style = {"color": color, "ls": "-" if "CGN" in contender else "--"}
-            ax.plot(spent, fastest, label=contender, **style)
-        ax.set(xscale="log", yscale="log", title=f"to {goal:.0%}", xlabel="seconds of tuning")
-        ax.set(xlim=(1, 60), ylim=(0.5, 5))
-    axes[0].set(ylabel="seconds at the best setting so far")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center", ncols=4, fontsize=8, frameon=False,
-    )  # fmt: skip
+            ax.plot(spent, fastest, style, color=COLORS[color], label=contender)
+        ax.set(xscale="log", yscale="log", title=f"to {goal:.0%}", xlim=(1, 100))
+        ax.set(ylabel="seconds at the best setting so far")
+    axes[1].set(xlabel="seconds of tuning")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -610,6 +638,26 @@ def ablation_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
         for part in PARTS
     ]
     return [{"A gradient step in": "no layer", "as long": late["none", ""]}, *rows]
+
+
+def beside_muon_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
+    """Steps to each goal of each way, with Muon in the other layers."""
+    if "beside Muon 0" not in found:  # a quick search may have chosen nothing
+        return []
+    return [
+        {"Step of the last layer": way}
+        | {
+            f"Steps to {goal:.0%}": to_goal(
+                [
+                    first(found[f"beside Muon {seed}"][i], goal)[0]
+                    for seed in FEW_SEEDS[: 1 if quick else None]
+                ],
+                0,
+            )
+            for goal in GOALS[:2]
+        }
+        for i, way in enumerate(BESIDE_MUON)
+    ]
 
 
 def hand_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
@@ -673,6 +721,7 @@ def records(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     return {
         "races": races,
         "ablation": late,
+        "beside Muon": beside_muon_table(found, quick),
         "costs": cost_table(found, quick),
         "autoencoder": {
             way: {"steps": [end[0] for end in ends], "error": [end[2] for end in ends]}
@@ -684,7 +733,7 @@ def records(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
 def autoencoder_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row], Figure]:
     """Errors at the end and after equal steps, and all curves."""
     table = []
-    figure, axes = plt.subplots(1, 3, figsize=(7.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(5, 9), layout="constrained")
     colors = list(COLORS.values())
     for i, label in enumerate(AUTOENCODER):
         runs = [found[f"autoencoder {label} {seed}"] for seed in FEW_SEEDS[: 1 if quick else None]]
@@ -710,9 +759,9 @@ def autoencoder_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row
                 axes[2].plot([t[0] for t in run], [t[3] for t in run], **style)
     axes[0].set(xscale="log", xlabel="step", ylabel="squared error per image")
     axes[0].set(ylim=(10, 62))
-    axes[1].set(xlabel="seconds", ylim=(10, 62))
+    axes[1].set(xlabel="seconds", ylabel="squared error per image", ylim=(10, 62))
     axes[2].set(xscale="log", yscale="log", xlabel="step", ylabel="damping λ")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return table, figure
 
 
@@ -733,6 +782,7 @@ def results(found: Mapping[str, Any], quick: bool) -> Iterator[tuple[str, list[R
         yield network.lower().replace(" ", "_"), race_table(found, network, quick)
     yield "tuning", tuning_figure(found)
     yield "ablation", ablation_table(found, quick)
+    yield "beside_muon", beside_muon_table(found, quick)
     yield "costs", cost_table(found, quick)
     yield "by_hand", hand_table(found, quick)
     table, figure = autoencoder_results(found, quick)
@@ -764,7 +814,7 @@ def main() -> None:
     for network in WORKLOADS:
         work(search_jobs(network, quick), found, path, arguments.processes)
         work(final_jobs(found, network, quick), found, path, arguments.processes)
-    others = [*cost_jobs(found, quick), *hand_jobs(found, quick), *other_jobs(quick)]
+    others = [*cost_jobs(found, quick), *hand_jobs(found, quick), *other_jobs(found, quick)]
     work(others, found, path, arguments.processes)
     for name, result in results(found, quick):
         if isinstance(result, Figure):
