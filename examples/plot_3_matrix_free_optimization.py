@@ -27,7 +27,7 @@ Optimizer, experiment and published figures are those of BackPACK's example
 <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and code here are
 our own.
 
-*About 15 minutes to read, and one to run.* To run this page, ``pip install`` the
+*About 15 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
@@ -577,8 +577,8 @@ for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
     print(f"at most {max(hessian.loss):.1f}")
 
 # %%
-# With the rule, the loss leaves the plateau, but the last ten losses are higher
-# than the GGN's from each seed. A run may also blow up: see the highest loss.
+# With the rule, the loss leaves the plateau on each seed, but does not stay low: the
+# last ten losses are more than twice the GGN's, and may be above the plateau.
 
 # How many solves stop at negative curvature? Each step solves eight systems.
 stops = [
@@ -590,8 +590,9 @@ assert all(len(solves) == 8 for solves in stopping[0].solves)
 assert sum(count <= 4 for count in stops) > 0.6 * STEPS
 assert min(stops) >= 1
 for ggn, hessian in zip(with_ggn, stopping, strict=True):
-    assert late(ggn) < late(hessian)
+    assert 2 * late(ggn) < late(hessian)
 assert max(min(run.loss) for run in stopping) < 2
+assert max(late(run) for run in stopping) > 2.3
 assert min(histories["Hessian"].loss) > 2.2
 
 # %%
@@ -680,8 +681,8 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 #
 # - In 50 steps, Newton steps with the GGN train this model. SGD stands still at
 #   each of five learning rates.
-# - Plain CG fails on the Hessian. CG that stops at negative curvature helps. The
-#   GGN helps more.
+# - Plain CG stands still on the Hessian. CG that stops at negative curvature leaves
+#   the plateau, but not for good. The GGN trains.
 #
 # This is one model, one data set and mostly one seed.
 

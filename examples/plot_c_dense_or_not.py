@@ -15,7 +15,7 @@ has here the `generalized Gauss-Newton matrix
 <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) :math:`C = J^\top H_L\,
 J` of a whole network, or of its layers.
 
-*About 10 minutes to read, and one to run.* To run this page, ``pip install`` the
+*About 10 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
