@@ -168,7 +168,7 @@ settings = {"x": x.item(), "lambda": lam, "gamma": gamma}
 _ = explorable(fig, "parabola", settings)
 
 # %%
-# In the shaded part, :math:`\lambda < -C`, the step climbs. Beside this part, the parabola is
+# In the shaded part, :math:`\lambda < -C`, the step climbs. Just to the right, the parabola is
 # almost flat, and the step overshoots by far. From :math:`\lambda = 0.57` on, the step lowers the
 # loss; at 0.73 the loss is lowest. More damping only shortens the step.
 
@@ -418,9 +418,11 @@ assert len(H) == 113 and smallest < 0
 # :math:`G` (GGN) keeps the first term and drops the *residual* :math:`R`, the curvature of the
 # network itself. If the loss is convex in the *outputs*, as cross-entropy and squared error are,
 # then no eigenvalue of the GGN is negative: :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J
-# v) \ge 0`. Such a matrix is called positive semi-definite (`Schraudolph, "Fast Curvature
+# v) \ge 0`. Such a matrix is called positive semi-definite. (If the loss is not convex in what is
+# named the outputs, as in probabilities after a softmax, then the GGN may have negative eigenvalues.)
+# See `Schraudolph, "Fast Curvature
 # Matrix-Vector Products for Second-Order Gradient Descent" (2002)
-# <https://doi.org/10.1162/08997660260028683>`__).
+# <https://doi.org/10.1162/08997660260028683>`__.
 #
 # The three factors for one image, not to scale:
 

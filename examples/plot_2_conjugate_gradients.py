@@ -344,8 +344,7 @@ print(inspect.getsource(cgn._steps))
 # Before ``cg`` accepts a step, ``cg`` asks: Is the residual small enough, or
 # the budget spent? Has `rounding <plot_b_how_fast_how_exact.html#rounding>`__
 # spoiled the residual? Is the curvature :math:`p^\top A p` positive? Are all
-# numbers finite? On a GPU, ``cg`` waits for the device once per step, to fetch
-# these numbers.
+# numbers finite?
 
 # Compare the iterates of all three loops.
 from cgn_tutorial import cg
@@ -378,13 +377,13 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 #
 # Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie between
 # 0 and :math:`\mu_1`, then damping gives :math:`\kappa \le 1 + \mu_1 /
-# \lambda`. So a tenth of the damping allows for :math:`\sqrt{10} \approx 3`
-# times as many products. How many products does a real matrix take? Take the
+# \lambda`. So with a tenth of the damping, the bound on the products is
+# :math:`\sqrt{10} \approx 3` times as large. How many products does a real matrix take? Take the
 # curvature of the tutorial's network with respect to the 250 weights of its
 # first layer, on a mini-batch of 64 images, after a short training with Adam.
-# BackPACK leaves the products with the `GGN
-# <plot_1_newton_step.html#generalized-gauss-newton>`__ and with the `Hessian
-# <plot_1_newton_step.html#hessian>`__ on the weights, in float64.
+# The library BackPACK leaves two functions on these weights: products with the
+# `GGN <plot_1_newton_step.html#generalized-gauss-newton>`__ and with the `Hessian
+# <plot_1_newton_step.html#hessian>`__.
 
 # Train with Adam for 150 steps, and let BackPACK leave the products.
 import warnings
@@ -479,7 +478,8 @@ _ = describe(
 # - ``tol`` is the accuracy relative to the gradient: 0.1 asks for one digit,
 #   whatever the scale of the loss.
 # - ``atol`` is the size, in the units of the gradient, below which a residual
-#   counts as zero. A smaller gradient costs no product, and its step is zero.
+#   counts as zero. If the gradient itself is below ``atol``, the solve takes no
+#   product, and its step is zero.
 # - ``maxiter`` is the budget. The solve returns the last iterate within the
 #   budget.
 
@@ -551,8 +551,8 @@ _ = describe(
 )
 
 # %%
-# The residual rises now and then; the model value falls at every product. The
-# solve with a tolerance of 0.1, the thin line, takes less than half of the
+# The residual rises now and then; the model value falls at every product. A solve
+# that stops at a tolerance of 0.1, the thin line, takes less than half of the
 # products, and reaps more than nine tenths of the decrease, even at this small
 # damping. Martens, `Deep learning via Hessian-free optimization (2010)
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, stops by
@@ -625,10 +625,7 @@ _ = describe(
 # <https://doi.org/10.1007/BF02592055>`__: stop at the first direction with
 # :math:`p^\top A p \le 0`. All earlier curvatures are positive, so the iterate
 # points downhill. If the very first direction has no positive curvature, then
-# ``cg`` returns :math:`b = -g`, a step of gradient descent. (Steihaug, `The
-# Conjugate Gradient Method and Trust Regions in Large Scale Optimization (1983)
-# <https://doi.org/10.1137/0720042>`__, goes on to a bound on the step's
-# length.)
+# ``cg`` returns :math:`b = -g`, a step of gradient descent.
 #
 # Does the remedy matter for the network? Solve with the Hessian of the first
 # layer in both ways, with the tutorial's damping and tolerance.

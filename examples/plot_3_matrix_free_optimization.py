@@ -274,8 +274,9 @@ assert abs(s[step.argmax()] / DAMPING**0.5 - 1) < 0.05
 assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
-# For each layer's weight: the gradient's length, the largest eigenvalue of the
-# GGN's block, the ratio of step and gradient, and the cosine of step and :math:`-g`.
+# For each layer's weight, on the first 64 images: the gradient's length, the largest
+# eigenvalue of the GGN's block, the ratio of step and gradient, and the cosine of step
+# and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.
@@ -314,8 +315,9 @@ for when, rows in tables.items():
 
 # %%
 # Before training, the curvature of both convolutions is below the damping of
-# 0.01: their steps are nearly :math:`-g / \lambda`. The last layer's ratio is
-# smaller by more than a hundred. All four steps point roughly along :math:`-g`:
+# 0.01: their steps are nearly :math:`-g / \lambda`. The last layer's ratio is over
+# a hundred times smaller than the first convolution's. So no single learning rate
+# takes steps of these lengths. All four steps point roughly along :math:`-g`:
 # the curvature acts much like a learning rate for each layer. After training, the
 # curvature of all layers is above the damping, and the steps turn away from the
 # gradient.
@@ -344,7 +346,9 @@ assert (after[3] < 0.95).all()
 # - two `positive-curvature Hessians
 #   <plot_a_positive_curvature.html#positive-curvature-hessian>`__ (PCH; Chen,
 #   Chou and Chang, `2018 <https://arxiv.org/abs/1802.06502>`__) make negative
-#   parts of the Hessian positive (abs) or zero (clip).
+#   parts of the Hessian positive (abs) or zero (clip). BackPACK's PCH squares a
+#   factor of these parts, so that the PCH here `hardly differ from the GGN
+#   <plot_a_positive_curvature.html#backpack-s-products>`__.
 #
 # As in the published run, CG goes on at negative curvature.
 
@@ -761,8 +765,8 @@ for label, figures in published["runs"].items():
 #    Uphill, to the maximum of the model along that line: :math:`\alpha = r^\top r
 #    / p^\top A p` is negative.
 #
-# .. fold:: Change the code: set ``maxiter`` to 1, then to 2, and train with the GGN.
-#     How low is the loss after 50 steps?
+# .. fold:: Change the code: run ``by_autograd(GGN, maxiter=1)``, then with 2. How low is
+#     the loss after 50 steps?
 #
 #    With one product, each parameter moves along its gradient, and the last ten
 #    losses have a mean above 1.8. With two products, this mean is below 1.3.

@@ -4,7 +4,7 @@ r"""
 
 How does a network train with curvature, if BackPACK has no rule for one of its
 layers? This page takes its curvature products from automatic differentiation
-alone. Any model and loss will do that PyTorch can differentiate twice. The
+alone: any model and loss that PyTorch can differentiate twice will do. The
 optimizer stays as it is, and each step still solves
 
 .. math::
@@ -495,8 +495,7 @@ runs = {k: [run(blocks, s) for s in SEEDS] for k, blocks in KINDS.items()}
 late = {label: report(label, runs[label]) for label in KINDS}
 
 # %%
-# At this tolerance, the whole network stops after a product or two. `What a
-# tolerance on the whole network allows
+# At this tolerance, the whole network stops after a product or two. `Page C
 # <plot_c_dense_or_not.html#what-a-tolerance-on-the-whole-network-allows>`__ says
 # why. Give the whole network as many products as the blocks per layer have used:
 

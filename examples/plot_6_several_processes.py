@@ -142,8 +142,9 @@ for label, (layer, loss_function) in CASES.items():
     print(f"{label:15}: relative difference {gaps[label]:.0e}")
 
 # %%
-# With a sum, three quarters of the gradient and of the curvature are missing, but
-# :math:`\lambda` is whole. With BatchNorm or dropout, the processes agree on a
+# With a sum over four processes, gradient and curvature are a quarter of what they
+# should be, but :math:`\lambda` is not, so that :math:`\lambda` damps four times as
+# much. With BatchNorm or dropout, the processes agree on a
 # step, but not on the step of one process with the whole batch.
 
 # Check the differences.
@@ -160,9 +161,9 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 # process does the rest for itself, with the same numbers to the last bit.
 #
 # The optimizer finds gradients and products on the parameters. ``whole_batch``
-# replaces both by averages, between the backward pass and ``step()``. This method
-# averages, by one message, an all-reduce. The attribute ``weight`` is
-# :math:`n_i / N`:
+# replaces both by averages, between the backward pass and ``step()``. The method
+# below takes one average, by one message, an all-reduce. Its attribute ``weight``
+# is :math:`n_i / N`:
 
 import inspect
 from textwrap import dedent
@@ -184,8 +185,9 @@ print(inspect.getsource(train_parallel.train))
 
 # %%
 # With BackPACK's products, wrap the extended network:
-# ``DistributedDataParallel(extend(model))``. Without a wrapper, ``whole_batch``
-# averages the gradients, too, and the shards may differ in size.
+# ``DistributedDataParallel(extend(model))``. The wrapper averages the gradients of
+# shards of one size; for shards of other sizes, ``whole_batch`` raises. Without a
+# wrapper, ``whole_batch`` averages the gradients, too, and the sizes may differ.
 #
 # Two processes, for real
 # -----------------------

@@ -7,12 +7,13 @@ from cgn_tutorial import GGN, CGNOptimizer, layers
 from cgn_tutorial.pages import make_model, mnist_loader
 
 torch.manual_seed(0)
-model, loader = make_model(), zip(range(3), mnist_loader(64), strict=False)
+model = make_model()
+loader = [batch for _, batch in zip(range(3), mnist_loader(64), strict=False)]
 
 # The loop
 curvature = GGN(layers(model))
 optimizer = CGNOptimizer(model.parameters(), curvature)
-for _, (inputs, targets) in loader:
+for inputs, targets in loader:
     optimizer.zero_grad()
     outputs = model(inputs)
     loss = cross_entropy(outputs, targets)

@@ -824,7 +824,7 @@ _WRONG = {  # torch may return a second derivative of zero in place of an error
     "were not compiled",
 }
 _WRONG_TWICE = {
-    "WeightNormInterfaceBackward0": "weight_norm twice, though it does: the result is not even "
+    "WeightNormInterfaceBackward0": "weight_norm twice: its result is wrong, and not even "
     "symmetric. Take the GGN, or write the weight out, g * v / v.norm()",
 }
 _TWICE = "torch cannot differentiate {} twice: "
