@@ -248,8 +248,8 @@ print(f"largest difference between the losses: {gap:g}")
 # - weight decay, a `bound on the step <../guides/choosing.html>`__, warm starts;
 # - a `report on each solve <../guides/diagnostics.html>`__;
 # - steps of `several processes <plot_6_several_processes.html>`__;
-# - Newton steps `beside Adam's
-#   <../guides/own_code.html#newton-steps-beside-adam-s>`__ in one network.
+# - Newton steps `beside Muon's
+#   <../guides/own_code.html#newton-steps-beside-muon-s>`__ in one network.
 #
 # Optimizer and ``cg`` are one file to copy, `cgn.py <../cgn.py>`__.
 
