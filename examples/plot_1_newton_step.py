@@ -418,8 +418,8 @@ assert len(H) == 113 and smallest < 0
 # :math:`G` (GGN) keeps the first term and drops the *residual* :math:`R`, the curvature of the
 # network itself. If the loss is convex in the *outputs*, as cross-entropy and squared error are,
 # then no eigenvalue of the GGN is negative: :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J
-# v) \ge 0`. Such a matrix is called positive semi-definite. (If the loss is not convex in what is
-# named the outputs, as in probabilities after a softmax, then the GGN may have negative eigenvalues.)
+# v) \ge 0`. Such a matrix is called positive semi-definite. (A loss that is not convex in the
+# outputs, such as :math:`\ln(1 + z^2)`, may give the GGN negative eigenvalues.)
 # See `Schraudolph, "Fast Curvature
 # Matrix-Vector Products for Second-Order Gradient Descent" (2002)
 # <https://doi.org/10.1162/08997660260028683>`__.
@@ -469,6 +469,8 @@ smallest = torch.linalg.eigvalsh(G)[0]
 print(f"the residual has {(H - G).norm() / H.norm():.0%} of H's norm")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
+bent = grad(grad(lambda z: torch.log(1 + z**2)))  # a loss that is not convex
+assert bent(torch.tensor(2.0)) < 0
 
 # %%
 # Up to rounding, the smallest eigenvalue is zero. The GGN has null directions: adding 1 to all last

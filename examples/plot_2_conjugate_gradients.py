@@ -375,14 +375,15 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # <plot_b_how_fast_how_exact.html>`__ proves both bounds, and shows when CG is
 # faster than the bound.
 #
-# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie between
-# 0 and :math:`\mu_1`, then damping gives :math:`\kappa \le 1 + \mu_1 /
+# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie
+# between 0 and :math:`\mu_1`, then damping gives :math:`\kappa \le 1 + \mu_1 /
 # \lambda`. So with a tenth of the damping, the bound on the products is
-# :math:`\sqrt{10} \approx 3` times as large. How many products does a real matrix take? Take the
-# curvature of the tutorial's network with respect to the 250 weights of its
-# first layer, on a mini-batch of 64 images, after a short training with Adam.
-# The library BackPACK leaves two functions on these weights: products with the
-# `GGN <plot_1_newton_step.html#generalized-gauss-newton>`__ and with the `Hessian
+# :math:`\sqrt{10} \approx 3` times as large. How many products does a real
+# matrix take? Take the curvature of the tutorial's network with respect to the
+# 250 weights of its first layer, on a mini-batch of 64 images, after a short
+# training with Adam. The library BackPACK leaves two functions on these
+# weights: products with the `GGN
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ and with the `Hessian
 # <plot_1_newton_step.html#hessian>`__.
 
 # Train with Adam for 150 steps, and let BackPACK leave the products.
@@ -551,12 +552,12 @@ _ = describe(
 )
 
 # %%
-# The residual rises now and then; the model value falls at every product. A solve
-# that stops at a tolerance of 0.1, the thin line, takes less than half of the
-# products, and reaps more than nine tenths of the decrease, even at this small
-# damping. Martens, `Deep learning via Hessian-free optimization (2010)
-# <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, stops by
-# the progress of the model value instead.
+# The residual rises now and then; the model value falls at every product. A
+# solve that stops at a tolerance of 0.1, the thin line, takes less than half
+# of the products, and reaps more than nine tenths of the decrease, even at
+# this small damping. Martens, `Deep learning via Hessian-free optimization
+# (2010) <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__,
+# stops by the progress of the model value instead.
 #
 # Negative curvature
 # ------------------

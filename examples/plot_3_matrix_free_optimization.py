@@ -274,9 +274,9 @@ assert abs(s[step.argmax()] / DAMPING**0.5 - 1) < 0.05
 assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
-# For each layer's weight, on the first 64 images: the gradient's length, the largest
-# eigenvalue of the GGN's block, the ratio of step and gradient, and the cosine of step
-# and :math:`-g`.
+# For each layer's weight, on the first 64 images: the gradient's length, the
+# largest eigenvalue of the GGN's block, the ratio of step and gradient, and the
+# cosine of step and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.

@@ -247,9 +247,9 @@ _ = describe(
 assert all((s < 1e-10 * s[0]).sum() > 20 for s in spectra.values())
 
 # %%
-# The figure ends at :math:`10^{-18}`. Momentum needs about the root of :math:`s_1 / s_i` steps. A damped Newton step
-# shrinks each part by :math:`\lambda / (s_i + \lambda)`: all parts with
-# :math:`s_i \gg \lambda` at once, however small :math:`s_i`.
+# The figure ends at :math:`10^{-18}`. Momentum needs about the root of :math:`s_1 /
+# s_i` steps. A damped Newton step shrinks each part by :math:`\lambda / (s_i +
+# \lambda)`: all parts with :math:`s_i \gg \lambda` at once, however small :math:`s_i`.
 #
 # How far down does training have to reach? Here :math:`\lambda` has a lower bound,
 # and all else is the same:

@@ -62,9 +62,9 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # :math:`\pm (\kappa - 1) / (\kappa + 1)` at the two ends, and smaller between. A step of gradient
 # descent of the size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
 # which is this line. A step of gradient descent that minimises along its direction leaves no more.
-# So :math:`k` steps leave at most the :math:`k`-th power of :math:`(\kappa - 1) / (\kappa + 1)`. Of all polynomials of
-# degree :math:`k` that are 1 at zero, Chebyshev's polynomial is the smallest between the two ends.
-# This polynomial gives CG the bound
+# So :math:`k` steps leave at most the :math:`k`-th power of :math:`(\kappa - 1) / (\kappa + 1)`. Of
+# all polynomials of degree :math:`k` that are 1 at zero, Chebyshev's polynomial is the smallest
+# between the two ends. This polynomial gives CG the bound
 #
 # .. math::
 #
@@ -459,8 +459,9 @@ for name, N in (("without M", None), ("with M", M)):
 assert ends[0] > 1.3 * ends[1]
 
 # %%
-# As long as rounding is small, do SciPy's ``cg`` and ours take the same steps? The next cell solves with the damped
-# GGN of the tutorial's network, in float64, on the same products and with the same stopping rule.
+# As long as rounding is small, do SciPy's ``cg`` and ours take the same steps? The next cell solves
+# with the damped GGN of the tutorial's network, in float64, on the same products and with the same
+# stopping rule.
 
 import numpy as np
 from torch.nn.utils import parameters_to_vector

@@ -356,10 +356,10 @@ for seed in SEEDS:
     assert along[0] > 1 and along[1] < 1.5 * 1e-3
 
 # %%
-# Solved alone, the last layer's step is as short. The missing part lies along directions that hardly
-# curve beyond the damping of 0.001, a thousandth of the curvature along the
-# gradient. There, a long piece of the step leaves a small residual, :math:`r =
-# A\, (x - x_k)`, and adds little to the decrease.
+# Solved alone, the last layer's step is as short. The missing part lies along
+# directions that hardly curve beyond the damping of 0.001, a thousandth of the
+# curvature along the gradient. There, a long piece of the step leaves a small
+# residual, :math:`r = A\, (x - x_k)`, and adds little to the decrease.
 #
 # Does a tighter solve train better?
 # ----------------------------------
@@ -399,8 +399,8 @@ for label, blocks in KINDS.items():
 # %%
 # Blocks per layer train on every seed, to late losses below 2, where guessing
 # has 2.3. Of the six runs of the two other kinds, some blow up, to late losses
-# above 3: which ones depends on the machine. A more exact solution of a model of one mini-batch is not a
-# safer step.
+# above 3: which ones depends on the machine. A more exact solution of a model
+# of one mini-batch is not a safer step.
 
 # Check the late losses.
 assert max(late["per layer"]) < 2  # 0.3 to 1.3, by machine and rounding

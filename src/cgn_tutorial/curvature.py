@@ -294,7 +294,7 @@ class GGN(Curvature):
 
     The loss must depend on the parameters through the outputs only: for a penalty ½ μ‖θ‖², use the
     optimizer's `weight_decay`. G depends on the choice of the outputs: take a tensor in which the
-    loss is convex, such as the logits, and not their softmax.
+    loss is convex, as cross-entropy is in the logits.
 
     Example:
         >>> from cgn_tutorial.cgn import CGNOptimizer
