@@ -23,7 +23,7 @@ class LevenbergMarquardt:
     After a step γv, the rule compares the change of the loss L with the change that the damped
     quadratic model q predicts,
 
-        ρ = (L(x + γv) − L(x)) / q(γv),
+        ρ = (L(x + γv) − L(x)) / (q(γv) − q(0)),
 
     and changes the damping of all parameters. If the loss is not lower after a step, the rule takes
     the step back. L includes the penalty of the optimizer's `weight_decay`. There are two rules:

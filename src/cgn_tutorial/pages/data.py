@@ -122,6 +122,8 @@ def load_published_run() -> dict[str, Any]:
     """The loss and accuracy that the published example printed.
 
     Returns:
+        A dictionary of the following.
+
         `"config"`: the example's `"seed"`, `"batch_size"`, and options, named as in `CGNOptimizer`;
         `"iterations"`: the iterations at which the example printed; `"runs"`: for each of nine
         optimizers, the `"loss"` and the `"accuracy"` on the mini-batches of these iterations.

@@ -471,10 +471,13 @@ def load_experiments() -> dict[str, Any]:
     """What the full experiments found, as tables of the site's page "Experiments in full" have it.
 
     Returns:
+        A dictionary of the following.
+
         `"races"`: for each network, goal and contender, the `"setting"` that tuning chose, and the
         `"steps"` and `"seconds"` to the goal from five seeds, `None` for a run that did not get
-        there. `"ablation"`: mean late losses, three seeds each. `"costs"`: milliseconds per step.
-        `"autoencoder"`: errors at the end, three seeds each.
+        there. `"ablation"`: mean late losses, three seeds each. `"beside Muon"`: steps to the goals
+        with such steps in the last layer. `"costs"`: milliseconds per step. `"autoencoder"`: errors
+        at the end, three seeds each.
     """
     file = resources.files("cgn_tutorial.pages") / "races.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
