@@ -165,20 +165,13 @@ WORKLOADS: Mapping[str, Workload] = {
     "ReLU CNN": Workload(12, (0.5, 1.0, 2.0), 3.0, scale=0.5),
 }
 
-#: Adam as a sceptic tuned it by hand, after the search: β₁ = 0.5, which the search drew too rarely.
-BY_HAND = {
-    "Adam, by hand": Setting(
-        "Adam", {"lr": 1e-2, "betas": (0.5, 0.9)}, average=0.8, channels_last=True
-    ),
-    "Adam, by hand, decays": Setting(
-        "Adam",
-        {"lr": 1e-2, "betas": (0.5, 0.9)},
-        schedule="linear",
-        horizon=600,
-        channels_last=True,
-    ),
+#: What was tuned by hand after the search, on its two seeds: around what had done best, by one who
+#: took the side of each contender in turn.
+BY_HAND: Mapping[str, Sequence[Setting]] = {
+    "sigmoid CNN": [
+        Setting("Adam", {"lr": 1e-2, "betas": (0.5, 0.9)}, average=0.8, channels_last=True),
+    ],
 }
-HAND_SEEDS = range(10, 13)
 
 
 def settings_of(network: str, contender: str) -> list[Setting]:
@@ -327,13 +320,14 @@ def best(found: Mapping[str, Any], network: str, contender: str) -> dict[float, 
     return chosen
 
 
-def finalists(found: Mapping[str, Any], network: str) -> list[tuple[str, int]]:
-    """What is best for some goal, once each: contenders and numbers of settings."""
-    return [
-        (contender, k)
+def entrants(found: Mapping[str, Any], network: str) -> list[Setting]:
+    """What races: the best settings for some goal, once each, and those tuned by hand."""
+    chosen = [
+        settings_of(network, contender)[k]
         for contender in SPACES
         for k in sorted(set(best(found, network, contender).values()))
     ]
+    return [*chosen, *BY_HAND.get(network, ())]
 
 
 def settings_race(settings: Sequence[Setting], seed: int, seconds: float) -> list[Tests]:
@@ -358,7 +352,8 @@ def beside_muon(setting: Setting, seed: int, steps: int) -> list[Tests]:
 def costs(settings: Mapping[str, Setting], seed: int, steps: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a step, and of its parts, after the plateau."""
     found: dict[str, dict[str, float]] = {}
-    for name, setting in settings.items():
+    for name, tuned in settings.items():
+        setting = replace(tuned, schedule="constant", horizon=None)  # no run ends
         run = Run(setting, seed)
         while len(run.losses) < steps:
             run.step()
@@ -376,6 +371,13 @@ def costs(settings: Mapping[str, Setting], seed: int, steps: int) -> dict[str, d
             "rest of the solves": 1e3 * (solves.seconds - products.seconds),
             "number": products.calls,
         }
+        other = Run(replace(setting, channels_last=False), seed)
+        while len(other.losses) < steps:
+            other.step()
+        begin = other.seconds
+        while len(other.losses) < 2 * steps:
+            other.step()
+        parts["channels first"] = 1e3 * (other.seconds - begin)
         found[name] = {part: float(f"{value / steps:.4g}") for part, value in parts.items()}
     return found
 
@@ -449,7 +451,7 @@ def search_jobs(network: str, quick: bool) -> Iterator[Job]:
 
 def final_jobs(found: Mapping[str, Any], network: str, quick: bool) -> Iterator[Job]:
     """Races of what is best, from the seeds that are shown."""
-    settings = [settings_of(network, contender)[k] for contender, k in finalists(found, network)]
+    settings = entrants(found, network)
     seconds = QUICK_SECONDS if quick else WORKLOADS[network].seconds
     for seed in SEEDS[: 1 if quick else None]:
         if settings:
@@ -462,27 +464,9 @@ def cost_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
     settings: dict[str, Setting] = {}
     for contender in ("Adam", "Muon", "CGN", "CGN + Adam", "CGN + Muon"):
         if way := outcome(found, "sigmoid CNN", contender, GOALS[0], quick):
-            settings[contender] = settings_of("sigmoid CNN", contender)[way[0]]
+            settings[contender] = way[0]
     for seed in FEW_SEEDS[: 1 if quick else None]:
         yield Job(f"costs {seed}", 5.0, costs, (settings, seed, 2 if quick else 30))
-
-
-def hand_settings(found: Mapping[str, Any]) -> dict[str, Setting]:
-    """What was tuned by hand, and the settings of its strongest rivals, by name."""
-    settings = dict(BY_HAND)
-    for contender, k in finalists(found, "sigmoid CNN"):
-        if contender in ("Muon", "CGN + Adam", "CGN + Muon"):
-            settings[f"{contender}, {k}"] = settings_of("sigmoid CNN", contender)[k]
-    return settings
-
-
-def hand_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
-    """Races of what was tuned by hand, from seeds that nothing else has seen."""
-    settings = list(hand_settings(found).values())
-    seconds = QUICK_SECONDS if quick else WORKLOADS["sigmoid CNN"].seconds
-    for seed in HAND_SEEDS[: 1 if quick else None]:
-        weight = seconds * len(settings)
-        yield Job(f"by hand {seed}", weight, settings_race, (settings, seed, seconds))
 
 
 def other_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
@@ -490,8 +474,7 @@ def other_jobs(found: Mapping[str, Any], quick: bool) -> Iterator[Job]:
     way = outcome(found, "sigmoid CNN", "CGN + Muon", GOALS[1], quick)
     for seed in FEW_SEEDS[: 1 if quick else None]:
         if way:
-            setting = settings_of("sigmoid CNN", "CGN + Muon")[way[0]]
-            arguments = setting, seed, 2 if quick else 2 * ABLATION_STEPS
+            arguments = way[0], seed, 2 if quick else 2 * ABLATION_STEPS
             yield Job(f"beside Muon {seed}", 10.0, beside_muon, arguments)
         for label in AUTOENCODER:
             seconds = QUICK_SECONDS if quick else 16.0
@@ -539,16 +522,16 @@ def described(setting: Setting) -> str:
 
 def outcome(
     found: Mapping[str, Any], network: str, contender: str, goal: float, quick: bool
-) -> tuple[int, list[Sequence[float]]] | None:
-    """Of the settings that were chosen, the one with the least median time to the goal.
+) -> tuple[Setting, list[Sequence[float]]] | None:
+    """Of the settings that race, the one with the least median time to the goal.
 
     Returns:
-        Its number, and for each seed the first test at the goal; `None` if tuning chose nothing.
+        The setting, and for each seed the first test at the goal; `None` if none raced.
     """
     ways = [
-        (k, [first(found[f"race {network}, {seed}"][i], goal) for seed in seeds(quick)])
-        for i, (name, k) in enumerate(finalists(found, network))
-        if name == contender
+        (setting, [first(found[f"race {network}, {seed}"][i], goal) for seed in seeds(quick)])
+        for i, setting in enumerate(entrants(found, network))
+        if setting.method == contender
     ]
     return min(ways, key=lambda way: median_of(way[1], 1), default=None)
 
@@ -574,11 +557,12 @@ def race_table(found: Mapping[str, Any], network: str, quick: bool) -> list[Row]
             if way is None:
                 rows.append((math.inf, row | {"Seconds": "never in tuning"}))
                 continue
-            k, tests = way
+            setting, tests = way
             row |= {
                 "Seconds": to_goal([test[1] for test in tests], 2),
                 "Steps": to_goal([test[0] for test in tests], 0),
-                "Setting": described(settings_of(network, contender)[k]),
+                "Setting": described(setting),
+                "Tuned": "by hand" if setting in BY_HAND.get(network, ()) else "by search",
             }
             rows.append((median_of(tests, 1), row))
         table += [row for _, row in sorted(rows, key=lambda pair: pair[0])]
@@ -660,18 +644,6 @@ def beside_muon_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
     ]
 
 
-def hand_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
-    """Seconds to each goal of what was tuned by hand, and of its rivals."""
-    table: list[Row] = []
-    for i, (name, setting) in enumerate(hand_settings(found).items()):
-        runs = [found[f"by hand {seed}"][i] for seed in HAND_SEEDS[: 1 if quick else None]]
-        row = {"Contender": name.rstrip("0123456789").rstrip(", ")}
-        for goal in GOALS:
-            row[f"Seconds to {goal:.0%}"] = to_goal([first(tests, goal)[1] for tests in runs], 2)
-        table.append(row | {"Setting": described(setting)})
-    return table
-
-
 def cost_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
     """Milliseconds of a step and of its parts: medians over the seeds."""
     runs = [found[f"costs {seed}"] for seed in FEW_SEEDS[: 1 if quick else None]]
@@ -687,6 +659,7 @@ def cost_table(found: Mapping[str, Any], quick: bool) -> list[Row]:
                 "Products": f"{parts['products']:.1f}",
                 "Rest of the solves": f"{parts['rest of the solves']:.1f}",
                 "Number of products": f"{parts['number']:.1f}",
+                "All, channels first": f"{parts['channels first']:.1f}",
             }
         )
     return table
@@ -700,7 +673,7 @@ def records(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
             ways = {name: outcome(found, network, name, goal, quick) for name in SPACES}
             races.setdefault(network, {})[f"{goal:.0%}"] = {
                 name: {
-                    "setting": described(settings_of(network, name)[way[0]]),
+                    "setting": described(way[0]),
                     "steps": [test[0] if test[0] < math.inf else None for test in way[1]],
                     "seconds": [test[1] if test[1] < math.inf else None for test in way[1]],
                 }
@@ -784,7 +757,6 @@ def results(found: Mapping[str, Any], quick: bool) -> Iterator[tuple[str, list[R
     yield "ablation", ablation_table(found, quick)
     yield "beside_muon", beside_muon_table(found, quick)
     yield "costs", cost_table(found, quick)
-    yield "by_hand", hand_table(found, quick)
     table, figure = autoencoder_results(found, quick)
     yield "autoencoder", table
     yield "autoencoder", figure
@@ -814,7 +786,7 @@ def main() -> None:
     for network in WORKLOADS:
         work(search_jobs(network, quick), found, path, arguments.processes)
         work(final_jobs(found, network, quick), found, path, arguments.processes)
-    others = [*cost_jobs(found, quick), *hand_jobs(found, quick), *other_jobs(found, quick)]
+    others = [*cost_jobs(found, quick), *other_jobs(found, quick)]
     work(others, found, path, arguments.processes)
     for name, result in results(found, quick):
         if isinstance(result, Figure):
