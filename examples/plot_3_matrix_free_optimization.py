@@ -27,7 +27,7 @@ Optimizer, experiment and published figures are those of BackPACK's example
 <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and code here are
 our own.
 
-*About 15 minutes to read, and two to run.* To run this page, ``pip install`` the
+*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 

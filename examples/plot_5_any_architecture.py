@@ -15,7 +15,7 @@ by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG) on products wi
 :math:`C`. What changes is where these products come from, and which parameters
 share a system: a weight and its bias, or the whole network.
 
-*About 15 minutes to read, and two to run.* To run this page, ``pip install`` the
+*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 

@@ -14,7 +14,7 @@ step solves
 for the residuals :math:`r` and their Jacobian :math:`J`. You can read this page
 without the others.
 
-*About 15 minutes to read, and one to run.* To run this page, ``pip install`` the
+*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 

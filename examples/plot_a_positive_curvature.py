@@ -9,7 +9,7 @@ repairs the residual there. This page derives the recursion, holds it against de
 against BackPACK, and compares the eigenvalues of four curvatures. First, the page relates the GGN
 to the Fisher matrix.
 
-*About 20 minutes to read, and one to run.* To run this page, ``pip install`` the
+*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 

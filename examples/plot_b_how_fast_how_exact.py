@@ -8,7 +8,7 @@ proves the bound, shows which matrices are faster than the bound, and follows CG
 the point at which no further product helps. Below, :math:`x` without an index is the solution of
 :math:`A x = b`, and :math:`e_k = x_k - x` is the error after :math:`k` products.
 
-*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the
+*About 30 minutes to read, and one to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
