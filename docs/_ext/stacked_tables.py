@@ -31,7 +31,14 @@ def label(table: str) -> str:
     if len(heads) <= FIT and mean(len(words(cell)) for cell in cells) < PROSE:
         return table
     names = iter(heads * (len(cells) // len(heads)))
-    labelled = re.sub(r"<td\b", lambda _: f'<td data-label="{escape(next(names))}"', table)
+
+    def tell(cell: re.Match[str]) -> str:
+        name = next(names)
+        if name == heads[0] and not re.fullmatch(r"[\d.,%]+", words(cell[0])):
+            return cell[0]  # a row's own name
+        return cell[0].replace("<td", f'<td data-label="{escape(name)}"', 1)
+
+    labelled = re.sub(r"<td\b.*?</td>", tell, table, flags=re.DOTALL)
     return re.sub(r'<table class="', '<table class="stacked ', labelled, count=1)
 
 
