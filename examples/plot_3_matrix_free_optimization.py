@@ -124,7 +124,9 @@ loader = mnist_loader(BATCH_SIZE)
 loss_function = extend(nn.CrossEntropyLoss())
 torch.manual_seed(SEED)
 model = extend(make_model().to(device))
-print(model)
+for module in model:
+    sizes = [tuple(p.shape) for p in module.parameters()]
+    print(f"{type(module).__name__:9}", *sizes)
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 # %%

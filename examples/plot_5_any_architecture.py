@@ -95,7 +95,7 @@ for label, model in attempts.items():
         with backpack(GGNMP()):
             loss.backward()
     except NotImplementedError as error:
-        print(fill(f"{label}: {error}", 72), end="\n\n")
+        print(fill(f"{label}: {error}", 66), end="\n\n")
     else:
         raise AssertionError("BackPACK takes this model by now")
 
@@ -313,7 +313,7 @@ def evaluate():
 try:
     Hessian(layers(model)).backward(*evaluate())
 except RuntimeError as error:
-    print(fill(str(error), 72))
+    print(fill(str(error), 66))
 else:
     raise AssertionError("the Hessian of weight_norm is taken by now")
 
@@ -635,7 +635,7 @@ product, *_ = GGN(layers(model)).backward(cross_entropy(z, labels), z)
 try:
     product(torch.randn(1, sum(p.numel() for p in product.parameters)))
 except RuntimeError as error:
-    print(fill(str(error), 72))
+    print(fill(str(error), 66))
 else:
     raise AssertionError("fused attention is differentiated twice by now")
 

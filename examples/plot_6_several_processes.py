@@ -355,9 +355,9 @@ for T, color, line in ((0.5, "blue", "-"), (5.0, "orange", "--")):
     words = f"{T:g} s of work"
     axes.text(processes[best], faster[best] + 1, words, color=COLORS[color])
     print(
-        f"{T:g} s of work: fastest with {processes[best]} processes, ", end=""
+        f"{T:g} s of work: {processes[best]} processes are fastest, ", end=""
     )
-    print(f"{faster[best]:.1f} times as fast as with one")
+    print(f"{faster[best]:.1f} times as fast as one")
     assert abs(processes[best] - (T / (2 * k * alpha)) ** 0.5) < 1
 axes.set(xlabel="processes", ylabel="times as fast", ylim=(0, 26))
 _ = describe(

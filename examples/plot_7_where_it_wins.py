@@ -228,7 +228,7 @@ for label, network in (("start", untrained), ("trained", race.model)):
     print(f"{label:8} s_1 = {s[0]:.0e}, below s_1 / 10¹⁰: ", end="")
     print(f"{(s < 1e-10 * s[0]).sum()} of {len(s)}")
 
-figure, axes = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
 for (label, s), color in zip(spectra.items(), ("blue", "orange"), strict=True):
     axes.semilogy(
         range(1, len(s) + 1), s.clamp(min=1e-18), color=COLORS[color]
@@ -404,7 +404,7 @@ STYLES = {
     "CGN, Nyström": ("orange", "-"),
     "CGN, exact": ("blue", "-"),
 }
-figure, axes = plt.subplots(figsize=(5.5, 4.2), layout="constrained")
+figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
 for method, runs in results.items():
     color, line = STYLES[method]
     for i, run in enumerate(runs):

@@ -1,4 +1,4 @@
-"""Tables of prose, which a phone shows as a list: each cell tells the name of its column.
+"""Tables too wide for a phone, which it shows as a list: each cell tells the name of its column.
 
 The names are attributes, `data-label`, that the style sheet shows on narrow screens alone.
 """
@@ -13,7 +13,8 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-PROSE = 15  # characters of a cell, in the mean, beyond which a table is prose
+PROSE = 12  # characters of a cell, in the mean, beyond which a table is prose
+FIT = 6  # columns of numbers that a phone has room for
 
 
 def words(html: str) -> str:
@@ -22,14 +23,22 @@ def words(html: str) -> str:
 
 
 def label(table: str) -> str:
-    """A table whose cells tell their columns, if it has three or more, of prose."""
+    """A table whose cells tell their columns, if these are many, or three and more of prose."""
     heads = [words(head) for head in re.findall(r"<th\b.*?</th>", table, re.DOTALL)]
     cells = re.findall(r"<td\b.*?</td>", table, re.DOTALL)
-    fits = len(heads) > 2 and cells and len(cells) % len(heads) == 0
-    if not fits or 'class="narrow' in table or mean(len(words(cell)) for cell in cells) < PROSE:
+    if len(heads) <= 2 or not cells or len(cells) % len(heads):
+        return table
+    if len(heads) <= FIT and mean(len(words(cell)) for cell in cells) < PROSE:
         return table
     names = iter(heads * (len(cells) // len(heads)))
-    labelled = re.sub(r"<td\b", lambda _: f'<td data-label="{escape(next(names))}"', table)
+
+    def tell(cell: re.Match[str]) -> str:
+        name = next(names)
+        if name == heads[0] and not re.fullmatch(r"[\d.,%]+", words(cell[0])):
+            return cell[0]  # a row's own name
+        return cell[0].replace("<td", f'<td data-label="{escape(name)}"', 1)
+
+    labelled = re.sub(r"<td\b.*?</td>", tell, table, flags=re.DOTALL)
     return re.sub(r'<table class="', '<table class="stacked ', labelled, count=1)
 
 

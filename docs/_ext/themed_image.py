@@ -21,6 +21,10 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 MOVES = "explore"  # the class of the box around a figure that the reader can move
+WIDE = 600  # pixels, beyond which a phone would shrink a figure's words too far
+#: The classes of the box in which a phone scrolls a wide figure. The theme lets the keyboard reach
+#: what scrolls in a box of the first class, which is the one for tables.
+SCROLLS = ["pst-scrollable-table-container", "wide-figure"]
 
 
 class ThemedImage(SphinxDirective):
@@ -63,7 +67,7 @@ class ThemedImage(SphinxDirective):
         if bool(self.content) != ("explore" in self.options):
             raise self.error(f"{address} needs both :explore: and its data, or none of them.")
         if not self.content:
-            return images
+            return [nodes.container("", *images, classes=SCROLLS)] if int(width) > WIDE else images
         (kind,) = self.options["explore"]
         # Without a "<", nothing in the data can end the script.
         data = json.dumps(json.loads("\n".join(self.content))).replace("<", r"\u003c")

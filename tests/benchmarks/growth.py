@@ -161,7 +161,7 @@ def available_memory() -> float:
 
 def draw_growth(lines: list[Any], solves: dict[str, dict[int, float]]) -> Figure:
     """Cost over batch size in the upper row, over the number of parameters in the lower."""
-    figure, axes = plt.subplots(2, 2, figsize=(7, 6))
+    figure, axes = plt.subplots(2, 2, figsize=(5, 5.6), layout="constrained")
     for row, xlabel, (x, times, memory, time_fit, memory_fit) in zip(
         axes, ("batch size", "parameters"), lines, strict=True
     ):
@@ -175,7 +175,7 @@ def draw_growth(lines: list[Any], solves: dict[str, dict[int, float]]) -> Figure
             ax.set(xlabel=xlabel, ylabel=ylabel)
             ax.minorticks_off()
     for ax in axes[0]:
-        ax.set_xticks(lines[0][0], [str(size) for size in lines[0][0]])
+        ax.set_xticks(lines[0][0][::2], [str(size) for size in lines[0][0][::2]])
         ax.set_yticks([10, 100], ["10", "100"])
     for ax, series in zip(
         axes[1],
@@ -188,7 +188,6 @@ def draw_growth(lines: list[Any], solves: dict[str, dict[int, float]]) -> Figure
         for name, style, color, label in series:
             points = solves[name]
             ax.loglog(list(points), list(points.values()), style, color=COLORS[color], label=label)
-    axes[0, 0].legend(frameon=False)
-    axes[1, 0].legend(frameon=False)
-    figure.tight_layout()
+    shown = axes[1, 0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -123,7 +123,7 @@ OTHERS = "red"  # solves that ended otherwise
 def draw_diagnostics() -> Figure:
     """The products and the reasons of each block, on a run that goes well and one that does not."""
     fit = runpy.run_path(str(FOLDER.parent / "symptoms.py"))["fit"]
-    figure, axes = plt.subplots(4, 2, figsize=(7, 6), sharex=True, sharey="row")
+    figure, axes = plt.subplots(4, 2, figsize=(5, 6), sharex=True, sharey="row")
     for column, (title, options) in zip(axes.T, RUNS.items(), strict=True):
         losses, solves = fit(0, **options)
         for step, of_step in enumerate(solves):

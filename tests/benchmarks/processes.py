@@ -140,9 +140,13 @@ def bench_processes(quick: bool) -> tuple[list[Row], list[Row], Figure]:
     ]
     shares = [1 / n for n in PROCESSES]
     fixed, work, _ = linear_fit(shares, [statistics.median(found["share", n]) for n in PROCESSES])
-    k, volume = len(sizes[2]), sum(sizes[2])
+    return table, *model_scaling(fixed, work, len(sizes[2]), sum(sizes[2]))
+
+
+def model_scaling(fixed: float, work: float, k: int, volume: int) -> tuple[list[Row], Figure]:
+    """What a step would take on a cluster: all-reduces, `k` of `volume` bytes, beside the work."""
     scaling: list[Row] = []
-    figure, axes = plt.subplots(1, len(GROWN), figsize=(7, 3.2), sharex=True)
+    figure, axes = plt.subplots(len(GROWN), 1, figsize=(5, 6), sharex=True, layout="constrained")
     P = np.arange(1, 1025)
     for ax, grown in zip(axes, GROWN, strict=True):
         ideal = fixed + grown * work / P
@@ -168,11 +172,10 @@ def bench_processes(quick: bool) -> tuple[list[Row], list[Row], Figure]:
                     "times as fast as one": f"{seconds[0] / seconds[best]:.1f}",
                 }
             )
-        ax.set(title=f"batch of {grown * BATCH_SIZE:,}", xlabel="processes")
-    axes[0].set(ylabel="seconds per step, modelled")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    return table, scaling, figure
+        ax.set(title=f"batch of {grown * BATCH_SIZE:,}", ylabel="seconds per step, modelled")
+    axes[0].legend(frameon=False)
+    axes[-1].set(xlabel="processes")
+    return scaling, figure
 
 
 def ring(P: Any) -> Any:

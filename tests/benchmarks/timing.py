@@ -83,20 +83,23 @@ def bench_steps(quick: bool) -> tuple[list[Row], Figure]:
         for label, run in zip(labels, runs, strict=True)
     ]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
+    return table, draw_steps(milliseconds, ratios)
+
+
+def draw_steps(milliseconds: dict[str, list[float]], ratios: dict[str, list[float]]) -> Figure:
+    """Medians and ranges of each optimizer, one panel below the other, as a phone shows them."""
+    figure, axes = plt.subplots(2, 1, figsize=(5, 5.6), layout="constrained")
     for ax, values, xlabel in (
-        (left, milliseconds, "milliseconds per step"),
-        (right, ratios, "times as fast as the textbook"),
+        (axes[0], milliseconds, "milliseconds per step"),
+        (axes[1], ratios, "times as fast as the textbook"),
     ):
-        for i, label in enumerate(labels):
-            ax.plot([min(values[label]), max(values[label])], [i, i], color="black", linewidth=1)
-            ax.plot(statistics.median(values[label]), i, "o", color=list(COLORS.values())[i])
-        ax.set(xlabel=xlabel)
+        for i, (of_label, color) in enumerate(zip(values.values(), COLORS.values(), strict=False)):
+            ax.plot([min(of_label), max(of_label)], [i, i], color="black", linewidth=1)
+            ax.plot(statistics.median(of_label), i, "o", color=color)
+        ax.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
         ax.set_xlim(left=0)
-    left.set_yticks(range(len(labels)), [label.replace(", ", ",\n", 1) for label in labels])
-    left.set(ylim=(len(labels) - 0.5, -0.5))
-    figure.tight_layout()
-    return table, figure
+        ax.set_yticks(range(len(values)), [label.replace(", ", ",\n", 1) for label in values])
+    return figure
 
 
 @torch.no_grad()
