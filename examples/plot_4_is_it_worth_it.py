@@ -123,48 +123,52 @@ for contender in STYLES:
 # **Muon wins**, to each goal. Muon computes no curvature. It replaces the mean
 # gradient of a hidden layer, a matrix, by a nearby one with singular values close
 # to 1: Keller Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`__ (2024).
-# CGN + Adam comes second, to each goal. By steps, Muon and CGN in all layers are ahead
-# of all others to 90 and 95 %. CGN gets to 97 % in none of its runs.
+# CGN + Muon comes second to 90 and 95 %. Adam, with :math:`\beta_1 = 0.5` and an
+# average of the weights, is ahead of CGN and of CGN + Adam. By steps, Muon and CGN +
+# Muon are ahead of all others to 90 and 95 %.
 #
-# So even if gradients vanish, curvature is not the fastest way here. Nor is CGN + Adam
-# ahead of any Adam: 24 settings hold no optimum, and Adam `tuned by hand
-# <../experiments.html#tuned-by-hand>`__, with :math:`\beta_1 = 0.5`, is level to 90 %,
-# and ahead to 95 and 97 %.
+# So even if gradients vanish, curvature is not the fastest way here, and Newton steps
+# in the last layer do not make Muon faster.
 #
-# On a second network, `a perceptron with five layers of sigmoids
-# <../experiments.html#who-wins>`__, with 8 settings each, Muon is ahead again to 90 and
-# 95 %, and Adam and RMSprop follow. CGN + Adam takes over twice Adam's time to 90 %, and gets no
-# further; CGN gets to no goal. Nothing gets to 97 %.
+# Two more networks had 12 settings each, and `no tuning by hand
+# <../experiments.html#who-wins>`__. On **a perceptron with five layers of sigmoids**,
+# Muon and CGN + Muon are first and second again to 90 and 95 %, and nothing gets to
+# 97 %. On the **CNN with ReLUs**, where gradients do not vanish, Muon is first to 90
+# and 95 %, and Adam to 97 %.
 
 # Check it.
 for goal in ERRORS:
     ranked = sorted(STYLES, key=lambda name: typical(goal, name))
-    assert ranked[:2] == ["Muon", "CGN + Adam"]
-    assert 1.5 * typical(goal, "Muon") < typical(goal, "CGN + Adam")
+    assert ranked[0] == "Muon"
+    if goal != "97%":
+        assert ranked[1] == "CGN + Muon"
+    adam = typical(goal, "Adam")
+    assert adam < min(typical(goal, "CGN"), typical(goal, "CGN + Adam"))
 for goal in ("90%", "95%"):
     ranked = sorted(STYLES, key=lambda name: typical(goal, name, "steps"))
-    assert set(ranked[:2]) == {"Muon", "CGN"}
-assert min(took("97%", "CGN")) == float("inf")
+    assert set(ranked[:2]) == {"Muon", "CGN + Muon"}
 
-second = {}
-for goal, entries in found["races"]["sigmoid MLP"].items():
-    for contender, entry in entries.items():
-        seconds = [float("inf") if t is None else t for t in entry["seconds"]]
-        second[goal, contender] = statistics.median(seconds)
-    if goal != "97%":
-        names = sorted(entries, key=lambda name: second[goal, name])
-        assert names[0] == "Muon" and set(names[1:3]) == {"Adam", "RMSprop"}
-assert 2 * second["90%", "Adam"] < second["90%", "CGN + Adam"] < 4
-assert second["95%", "CGN + Adam"] == float("inf")
-assert not any(contender == "CGN" for _, contender in second)
-assert all(
-    t == float("inf") for (goal, _), t in second.items() if goal == "97%"
-)
+for network in ("sigmoid MLP", "ReLU CNN"):
+    for goal, entries in found["races"][network].items():
+        medians = {}
+        for contender, entry in entries.items():
+            times = [
+                float("inf") if t is None else t for t in entry["seconds"]
+            ]
+            medians[contender] = statistics.median(times)
+        ranked = sorted(medians, key=medians.get)
+        if goal != "97%":
+            assert ranked[0] == "Muon"
+            assert network == "ReLU CNN" or ranked[1] == "CGN + Muon"
+        elif network == "ReLU CNN":
+            assert ranked[0] == "Adam"
+        else:
+            assert min(medians.values()) == float("inf")
 
 # %%
 # Part of the race again, here and now: the settings that were the fastest to 95 % race
-# to 90 %. Tests come in growing strides: each after half as many steps again, and
-# later after a seventh more.
+# to 90 %. Tests come in growing strides: the next test comes when the steps have grown
+# by a half, later by a seventh.
 
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
 MUON = Setting(
