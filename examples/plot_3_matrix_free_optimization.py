@@ -612,10 +612,12 @@ assert min(histories["Hessian"].loss) > 2.2
 from cgn_tutorial.pages.races import Run, Setting
 
 BUDGET = (1, 2, 10, 10)  # the most products, for each of the four layers
-ADAM = {"lr": 3.1e-3, "betas": (0.5, 0.95)}
-CGN = {"lr": 0.23, "damping": 1.3e-3, "tol": 0.1, "maxiter": BUDGET}
-newton = Setting("CGN", CGN, schedule="linear", horizon=64)
-settings = [Setting("Adam", ADAM), newton]
+ADAM = {"lr": 0.015, "betas": (0.5, 0.95)}
+CGN = {"lr": 0.38, "damping": 4.4e-3, "tol": 0.1, "maxiter": BUDGET}
+CGN |= {"max_length": 0.5}
+falling = {"schedule": "linear", "horizon": 188}
+newton = Setting("CGN", CGN, batch_size=128, **falling)
+settings = [Setting("Adam", ADAM, batch_size=32), newton]
 SECONDS = 2.0
 runs = {setting.method: Run(setting, SEED) for setting in settings}
 seconds = {label: [] for label in runs}
@@ -650,8 +652,8 @@ for label, color, style, place, name in (
     upper.text(*place, name, color=ink, ha="right")
 upper.set(xlabel="step", xlim=(0, 50))
 for label, color, place, name in (
-    ("Adam", "orange", (1.2, 1.2), "Adam"),
-    ("CGN", "blue", (0.9, 0.12), "Newton-CG, GGN"),
+    ("Adam", "orange", (0.12, 0.5), "Adam"),
+    ("CGN", "blue", (0.8, 1.2), "Newton-CG, GGN"),
 ):
     recent = [
         sum(trained[max(i - 9, 0) : i + 1]) / min(i + 1, 10)
@@ -676,7 +678,8 @@ _ = describe(
 
 # %%
 # The lower curves are means of ten steps, from one seed. Page 4 holds the `race
-# <plot_4_is_it_worth_it.html#who-wins>`__, with test images and more seeds.
+# <plot_4_is_it_worth_it.html#who-wins>`__, with test images and more seeds: there, Adam
+# is ahead of Newton steps in all layers.
 
 # Check that Newton steps are the fewer.
 assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)

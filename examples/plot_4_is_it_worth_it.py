@@ -91,10 +91,10 @@ handles, names = axes[0].get_legend_handles_labels()
 figure.legend(handles, names, loc="outside lower center", ncols=3)
 _ = describe(
     figure,
-    "Test error over seconds and over steps, seven contenders, five runs each, on"
-    " logarithmic axes. Over seconds, Muon's points are the leftmost at each error."
-    " CGN with Adam follows at 10 and 5 percent. Over steps, Muon's and CGN's points"
-    " are the leftmost at these two.",
+    "Test error over seconds and over steps, eight contenders, five runs each, on"
+    " logarithmic axes. Over seconds, Muon's points are the leftmost at each error,"
+    " and those of CGN with Muon follow. Over steps, these two are the leftmost at"
+    " 10 and 5 percent.",
 )
 
 # %%
@@ -123,9 +123,10 @@ for contender in STYLES:
 # **Muon wins**, to each goal. Muon computes no curvature. It replaces the mean
 # gradient of a hidden layer, a matrix, by a nearby one with singular values close
 # to 1: Keller Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`__ (2024).
-# CGN + Muon comes second to 90 and 95 %. Adam, with :math:`\beta_1 = 0.5` and an
-# average of the weights, is ahead of CGN and of CGN + Adam. By steps, Muon and CGN +
-# Muon are ahead of all others to 90 and 95 %.
+# CGN + Muon comes second to each goal, at up to one and a half times Muon's time. Adam,
+# with :math:`\beta_1 = 0.5` and an average of the weights, and CGN + Adam follow, level
+# with each other. CGN in all layers is slower, and gets to 97 % in none of its runs. By
+# steps, Muon and CGN + Muon are ahead of all others to 90 and 95 %.
 #
 # So even if gradients vanish, curvature is not the fastest way here, and Newton steps
 # in the last layer do not make Muon faster.
@@ -139,11 +140,11 @@ for contender in STYLES:
 # Check it.
 for goal in ERRORS:
     ranked = sorted(STYLES, key=lambda name: typical(goal, name))
-    assert ranked[0] == "Muon"
-    if goal != "97%":
-        assert ranked[1] == "CGN + Muon"
-    adam = typical(goal, "Adam")
-    assert adam < min(typical(goal, "CGN"), typical(goal, "CGN + Adam"))
+    assert ranked[:2] == ["Muon", "CGN + Muon"]
+    assert set(ranked[2:4]) == {"Adam", "CGN + Adam"}
+    assert typical(goal, ranked[1]) < 1.5 * typical(goal, "Muon")
+    assert typical(goal, ranked[3]) < 1.15 * typical(goal, ranked[2])
+assert min(took("97%", "CGN")) == float("inf")
 for goal in ("90%", "95%"):
     ranked = sorted(STYLES, key=lambda name: typical(goal, name, "steps"))
     assert set(ranked[:2]) == {"Muon", "CGN + Muon"}
@@ -173,15 +174,16 @@ for network in ("sigmoid MLP", "ReLU CNN"):
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
 MUON = Setting(
     "Muon",
-    {"lr": 0.22, "momentum": 0.9, "adam_lr": 0.014, "betas": (0.5, 0.9)},
-    batch_size=128,
-    average=0.5,
-    schedule="cosine",
-    horizon=273,
+    {"lr": 0.5, "momentum": 0.6, "adam_lr": 0.03, "betas": (0.5, 0.95)},
+    average=0.8,
     **LAST,
 )
 ADAM = Setting(
-    "Adam", {"lr": 0.0031, "betas": (0.5, 0.95)}, average=0.9, **LAST
+    "Adam",
+    {"lr": 0.015, "betas": (0.5, 0.95)},
+    batch_size=32,
+    average=0.9,
+    **LAST,
 )
 NEWTON = {"lr": 0.38, "damping": 4.4e-3, "tol": 0.1, "max_length": 0.5}
 CGN = Setting(
@@ -193,19 +195,27 @@ CGN = Setting(
     horizon=188,
     **LAST,
 )
-BOTH = Setting(
+WITH_ADAM = Setting(
     "CGN + Adam",
-    {"lr": 1.0, "damping": 5.1e-3, "tol": 0.1, "max_length": 0.2}
-    | {"maxiter": 3, "last": 2, "adam_lr": 0.026, "betas": (0.5, 0.999)},
-    average=0.5,
+    {"lr": 0.35, "damping": 6e-3, "tol": 0.5, "maxiter": 2, "last": 1}
+    | {"adam_lr": 0.02, "betas": (0.5, 0.9)},
+    average=0.9,
+    **LAST,
+)
+WITH_MUON = Setting(
+    "CGN + Muon",
+    {"lr": 0.3, "damping": 5e-3, "tol": 0.5, "maxiter": 2, "last": 1}
+    | {"max_length": 0.2, "muon_lr": 0.5, "momentum": 0.6}
+    | {"adam_lr": 0.03, "betas": (0.5, 0.95)},
+    average=0.8,
     schedule="linear",
-    horizon=500,
+    horizon=110,
     **LAST,
 )
 SEEDS = (5, 6)
 reached = {}
 for seed in SEEDS:
-    settings = [MUON, ADAM, CGN, BOTH]
+    settings = [MUON, ADAM, CGN, WITH_ADAM, WITH_MUON]
     for run in race(settings, seed, goals=[0.9], seconds=6):
         test, method = run.reached(0.9), run.setting.method
         reached.setdefault(method, []).append(test)
@@ -217,29 +227,32 @@ for seed in SEEDS:
 
 # Check the steps.
 for one in zip(*reached.values(), strict=True):
-    muon, adam, cgn, both = (test.steps for test in one)
-    assert max(muon, cgn) < both < adam
+    muon, adam, cgn, with_adam, with_muon = (test.steps for test in one)
+    assert max(muon, cgn, with_muon) < with_adam < adam
 
 # %%
-# Where does the time of a step go? Milliseconds, from the full experiments:
+# Where does the time of a step go? Milliseconds, from the full experiments. The solves
+# consist of products and the rest; "gradient" is all else: the passes, and the steps of
+# Adam and Muon.
 
+PARTS = {
+    "All": "all",
+    "Gradient, graph, Adam, Muon": "gradient",
+    "Products": "products",
+    "Rest of the solves": "rest",
+}
 cost = {row.pop("Milliseconds per step"): row for row in found["costs"]}
-print(" " * 21, "".join(f"{name:>11}" for name in cost))
-for part in cost["Adam"]:
-    cells = [float(parts[part]) for parts in cost.values()]
-    print(f"{part:21}", "".join(f"{cell:11.1f}" for cell in cells))
+print(" " * 12, "".join(f"{short:>10}" for short in PARTS.values()))
+for contender, parts in cost.items():
+    cells = [float(parts[part]) for part in PARTS]
+    print(f"{contender:12}", "".join(f"{cell:10.1f}" for cell in cells))
 
 # %%
-# Would faster products win? A quarter of a step of CGN + Adam is products. If they
-# took no time, CGN + Adam would be a third faster at most, and Muon is ahead by more.
+# Would faster solves win? If the solves of CGN + Muon took no time, CGN + Muon would be
+# at most XX % faster: level with Muon to 90 %, and ...
 
 # Check it.
-step, products = (
-    float(cost["CGN + Adam"][name]) for name in ("All", "Products")
-)
-assert 0.2 < products / step < 0.3 and step / (step - products) < 4 / 3
-for goal in ERRORS:
-    assert typical(goal, "CGN + Adam") / typical(goal, "Muon") > 4 / 3
+# TODO
 
 # %%
 #
@@ -277,6 +290,10 @@ for way, losses in found["ablation"].items():
 # the length of each layer's step. The rest is direction: with equal lengths, gradient
 # steps end at a higher loss, in any part and on every seed, most of all in the linear
 # layers.
+#
+# Beside Muon, in the last layer, direction is all: with a `gradient step as long
+# <../experiments.html#what-does-the-work>`__ in place of the Newton step, no run
+# gets to 90 % in 102 steps.
 
 # Check it, seed by seed.
 ablation = found["ablation"]
@@ -294,14 +311,14 @@ assert late["both linear layers, rate γ/λ"] > 2.2
 
 # %%
 #
-# Where do fixed settings fail?
-# -----------------------------
+# A longer plateau
+# ----------------
 #
-# They fail on a deep autoencoder of sigmoids. At first it learns the mean image, a
-# squared error of 53, and stays there. The whole network is one block, and :math:`\gamma = 1`. A
-# **warm start** begins a solve at 0.95 of the last step. **Damping that adapts**, the
-# rule of Levenberg and Marquardt, compares how much the loss fell with how much the
-# quadratic model :math:`q` had promised,
+# A deep autoencoder of sigmoids first learns the mean image, a squared error of 53, and
+# may stay there. Here the whole network is one block, and :math:`\gamma = 1`. A **warm
+# start** begins a solve at 0.95 of the last step. **Damping that adapts**, the rule of
+# Levenberg and Marquardt, compares how much the loss fell with how much the quadratic
+# model :math:`q` had promised,
 #
 # .. math::
 #
@@ -320,9 +337,9 @@ for way, runs in autoencoder.items():
     print(f"{way:28} {taken:5.0f} steps  error {error:5.1f}")
 
 # %%
-# With :math:`\lambda = 3`, or with solves from zero, the error stays at 53. With damping
-# that adapts from 3, the error leaves 53. A good constant does better, if solves start
-# warm. In the same seconds, Adam is ahead of all.
+# With :math:`\lambda = 3`, or with solves from zero, the error stays at 53. If
+# :math:`\lambda` adapts from 3, the error leaves 53. A good constant does better, if
+# solves start warm. In the same seconds, Adam is ahead of all.
 
 # Check it.
 error = {way: runs["error"] for way, runs in autoencoder.items()}
@@ -343,12 +360,11 @@ assert max(adams) < min(rest)
 # - **Which knob first?** The damping, in factors of 3; then the step size, 0.1 to 0.4
 #   for several blocks. The `guide to all settings <../guides/choosing.html>`__ says
 #   where to begin.
-# - **Which layers?** The last ones, whose products cost least. Let Adam have the rest.
-# - **Which batch?** 64 or 128: for CGN and CGN + Adam, the search chose no larger ones.
+# - **Which layers?** The last ones, whose products cost least. Let Muon have the rest.
+# - **Which batch?** 64 or 128: for Newton steps, the search chose no larger ones.
 #
-# And when not? If Muon or Adam makes progress from the first steps on, and on the
-# autoencoder. On another kind of problem, least squares to many digits, Newton steps
-# win by far: see `page 7 <plot_7_where_it_wins.html>`__.
+# On another kind of problem, least squares to many digits, Newton steps win by far:
+# see `page 7 <plot_7_where_it_wins.html>`__.
 #
 # Check yourself
 # --------------
