@@ -129,13 +129,14 @@ for contender in STYLES:
 # steps, Muon and CGN + Muon are ahead of all others to 90 and 95 %.
 #
 # So even if gradients vanish, curvature is not the fastest way here, and Newton steps
-# in the last layer do not make Muon faster.
+# in the last layer do not make a well-tuned Muon faster. If only `one or two settings
+# <../experiments.html#what-does-the-tuning-cost>`__ can be tried, CGN + Muon is the
+# fastest to 90 %.
 #
 # Two more networks had 12 settings each, and `no tuning by hand
 # <../experiments.html#who-wins>`__. On **a perceptron with five layers of sigmoids**,
 # Muon and CGN + Muon are first and second again to 90 and 95 %, and nothing gets to
-# 97 %. On the **CNN with ReLUs**, where gradients do not vanish, Muon is first to 90
-# and 95 %, and Adam to 97 %.
+# 97 %. On the **CNN with ReLUs**, Muon is first to 90 and 95 %, and Adam to 97 %.
 
 # Check it.
 for goal in ERRORS:

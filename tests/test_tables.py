@@ -15,6 +15,7 @@ from experiments import (
     SEEDS,
     SPACES,
     WORKLOADS,
+    first,
     median_of,
     outcome,
     settings_of,
@@ -210,6 +211,21 @@ def test_the_search_chose_small_batches_for_newton_steps():
         assert batches <= {64, 128}
 
 
+@pytest.mark.parametrize(("goal", "many"), [(0.9, 3), (0.97, 10)])
+def test_with_few_settings_cgn_with_muon_is_ahead_and_with_more_muon_is(goal, many):
+    found = {}
+    for name in SPACES:
+        result = FOUND[f"search {NETWORK}, {name}"]
+        times = [first(tests, goal)[1] for tests in result["first"]]
+        _, found[name] = experiments.best_of_k(times, result["seconds"])
+    for k in range(1, 41):
+        ranked = sorted(found, key=lambda name: found[name][k - 1])
+        if k >= many:
+            assert ranked[:2] == ["Muon", "CGN + Muon"]
+        elif goal == 0.9:
+            assert ranked[0] == "CGN + Muon"
+
+
 # The autoencoder.
 
 ADAMS = ("Adam, 5e-3, batch 256", "Adam, 5e-3, batch 500")
@@ -256,8 +272,8 @@ def test_a_stop_by_progress_gets_less_far_in_the_same_time():
 
 def numbers(table, column):
     """A column of a table of the benchmarks, without ranges, by the first column."""
-    first, *_ = table = rows(f"bench/{table}.csv")
-    label = next(iter(first))
+    table = rows(f"bench/{table}.csv")
+    label = next(iter(table[0]))
     found = {row[label]: row[column].partition(" ")[0].replace(",", "") for row in table}
     return {name: float(number) for name, number in found.items() if number}
 
