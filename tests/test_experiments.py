@@ -6,7 +6,6 @@ import statistics
 
 import experiments
 import pytest
-import torch
 from experiments import (
     GOALS,
     SPACES,
@@ -20,7 +19,6 @@ from experiments import (
     work,
 )
 
-from cgn_tutorial import cg
 from cgn_tutorial.pages.races import METHODS, Measurement, Run, Setting
 
 
@@ -120,18 +118,3 @@ def test_more_settings_take_more_time_and_find_no_worse():
     assert spent == [3, 6, 9, 12]
     assert fastest == sorted(fastest, reverse=True)
     assert fastest[-1] == 1
-
-
-@pytest.mark.parametrize("start", [0.0, 0.01])
-def test_by_progress_the_solve_ends_where_the_model_hardly_falls(start):
-    eigenvalues = torch.logspace(0, 3, 60).double()
-    b = torch.ones(60).double()
-    x0 = torch.full((60,), start).double()
-    options = {"tol": 0.0, "atol": 0.0, "maxiter": 60}
-    whole = [x0]
-    cg(eigenvalues.mul, b, x0, callback=whole.append, **options)
-    found = experiments.cg_by_progress(eigenvalues.mul, b, x0, **options)
-    models = [(x * (eigenvalues * x / 2 - b)).sum() for x in whole]
-    stop = next(i for i in range(11, 61) if (models[i] - models[i - 10]) / models[i] < 5e-4 * 10)
-    assert 11 < stop < 60
-    torch.testing.assert_close(found.x, whole[stop])

@@ -260,13 +260,6 @@ def test_a_damping_that_adapts_to_another_batch_ends_most_runs():
     assert sum(run[-1][2] == run[-2][2] and run[-1][3] > 1e9 for run in runs) == 2
 
 
-def test_a_stop_by_progress_gets_less_far_in_the_same_time():
-    by_progress, by_tolerance = "λ = 0.03, stop by progress", "λ = 0.03"
-    assert max(errors(by_tolerance)) < min(errors(by_progress))
-    taken = [[run[-1][0] for run in autoencoder(way)] for way in (by_tolerance, by_progress)]
-    assert min(taken[0]) > 2 * max(taken[1])
-
-
 # The benchmarks.
 
 

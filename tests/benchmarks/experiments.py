@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +26,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from measuring import Row, draw, machine, summary, write
-from torch import Tensor
 
-from cgn_tutorial import BlockProduct, CGNOptimizer, CGResult, cg, cgn
+from cgn_tutorial import BlockProduct, CGNOptimizer
 from cgn_tutorial.pages.autoencoder import train_autoencoder
 from cgn_tutorial.pages.plotting import COLORS
 from cgn_tutorial.pages.races import Run, Setting, clock, go_on, race
@@ -270,15 +268,8 @@ AUTOENCODER: Mapping[str, dict[str, Any]] = {
     "λ = 0.03, solves from zero": {"adapt_to": None, "warm_start": 0.0},
     "λ = 0.03": {"adapt_to": None},
     "λ = 3": {"adapt_to": None, "damping": 3.0},
-    "λ = 0.03, stop by progress": {
-        "adapt_to": None,
-        "tol": 0.0,
-        "maxiter": 250,
-        "by_progress": True,
-    },
     "λ adapts, from 0.03": {},
     "λ adapts, from 3": {"damping": 3.0},
-    "λ adapts, batch 64": {"batch_size": 64},
     "λ adapts to another batch": {"adapt_to": "another batch"},
 }
 
@@ -451,36 +442,7 @@ class Stopwatch:
 
 def autoencoder(label: str, seed: int, seconds: float) -> list[list[float]]:
     """The autoencoder's way."""
-    options = dict(AUTOENCODER[label])
-    by_progress = options.pop("by_progress", False)
-    with mock.patch.object(cgn, "cg", cg_by_progress) if by_progress else nullcontext():
-        return rounded(train_autoencoder(seed, seconds=seconds, **options))
-
-
-def cg_by_progress(
-    A: Callable[[Tensor], Tensor], b: Tensor, x0: Tensor | None = None, **options: Any
-) -> CGResult:
-    """Martens' stop: CG up to where the model q hardly falls any more.
-
-    It ends after iteration i if q_i < 0 and (q_i − q_{i−k}) / q_i < 0.0005 k, for
-    k = max(10, i / 10). A row of the table needs it, and nothing else does: so it is not in the
-    package. From a start that is not zero it costs one product more, one in some forty.
-    """
-    x0, r0, models = torch.zeros_like(b) if x0 is None else x0, b, [0.0]
-    if x0.any():
-        r0 = b - A(x0)
-        models = [-(x0 * (b + r0)).sum().item() / 2]
-    if models[0] > 0:  # as the optimizer does
-        x0, r0, models = torch.zeros_like(b), b, [0.0]
-
-    def hardly_falls(x: Tensor) -> bool:
-        # The residual at x is orthogonal to x − x0, so that the model needs no product.
-        models.append(models[0] - (r0 * (x - x0)).sum().item() / 2)
-        i = len(models) - 1
-        k = max(10, math.ceil(i / 10))
-        return i > k and models[i] < 0 and (models[i] - models[i - k]) / models[i] < 5e-4 * k
-
-    return cg(A, b, x0 if x0.any() else None, callback=hardly_falls, **options)
+    return rounded(train_autoencoder(seed, seconds=seconds, **AUTOENCODER[label]))
 
 
 def search_jobs(network: str, quick: bool) -> Iterator[Job]:
