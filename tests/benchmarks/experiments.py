@@ -738,7 +738,7 @@ def autoencoder_results(found: Mapping[str, Any], quick: bool) -> tuple[list[Row
     axes[0].set(ylim=(10, 62))
     axes[1].set(xlabel="seconds", ylabel="squared error per image", ylim=(10, 62))
     axes[2].set(xscale="log", yscale="log", xlabel="step", ylabel="damping λ")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return table, figure
 
 
