@@ -415,13 +415,12 @@ assert len(H) == 113 and smallest < 0
 #     \end{aligned}
 #
 # where :math:`k` counts the outputs of all images. The **generalized Gauss-Newton** matrix
-# :math:`G` (GGN) keeps the first term and drops the *residual* :math:`R`, the curvature of the
+# :math:`G` (GGN) keeps the first term and drops the *residual* :math:`R`, with the curvature of the
 # network itself. If the loss is convex in the *outputs*, as cross-entropy and squared error are,
 # then no eigenvalue of the GGN is negative: :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J
 # v) \ge 0`. Such a matrix is called positive semi-definite. (A loss that is not convex in the
-# outputs, such as :math:`\ln(1 + z^2)`, may give the GGN negative eigenvalues.)
-# See `Schraudolph, "Fast Curvature
-# Matrix-Vector Products for Second-Order Gradient Descent" (2002)
+# outputs, such as :math:`\ln(1 + z^2)`, may give the GGN negative eigenvalues.) See `Schraudolph,
+# "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002)
 # <https://doi.org/10.1162/08997660260028683>`__.
 #
 # The three factors for one image, not to scale:
@@ -458,7 +457,7 @@ _ = describe(
 )
 
 # %%
-# All that the parameters say to the loss passes through the few outputs.
+# The parameters act on the loss only through the few outputs.
 
 z = outputs(x_init)
 J = jacrev(outputs)(x_init).flatten(0, 1)  # [100 images · 3 outputs, 113]

@@ -141,8 +141,8 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # Gradient descent turns at a right angle in the left panel. So its third step
 # is parallel to its first step, and repairs what the second step undid. The
 # conjugate path turns at a right angle in the right panel. There, the first
-# step ends as a tangent of a circle, and the second step runs along the radius
-# to the centre.
+# step ends where the step touches a circle, and the second step follows that
+# circle's radius to the centre.
 #
 # What if the valley is longer, and the start another one? Let :math:`\kappa`
 # be the ratio of the two eigenvalues of :math:`A`. From which start does
@@ -206,11 +206,12 @@ settings |= {"solution": solution.tolist(), "flat": flat.tolist()}
 _ = explorable(fig, "paths", settings)
 
 # %%
-# On an axis of the ellipses, :math:`r` points at the solution, and one step is
-# enough. The slowest start is :math:`\kappa` times as far along the long axis
-# as along the short axis. From there, each step of gradient descent leaves the
-# part :math:`(\kappa - 1) / (\kappa + 1)` of the way. Conjugate gradients take
-# at most two steps, from any start, for any :math:`\kappa`.
+# From a start on an axis of the ellipses, :math:`r` points at the solution:
+# one step is enough. The slowest start is :math:`\kappa` times as far along
+# the long axis as along the short axis. From there, each step of gradient
+# descent leaves the part :math:`(\kappa - 1) / (\kappa + 1)` of the way.
+# Conjugate gradients take at most two steps, from any start, for any
+# :math:`\kappa`.
 #
 # Does CG work for more than two unknowns, if each direction is made conjugate
 # to the last direction only? Take a random system with twelve unknowns and all
@@ -381,10 +382,10 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # :math:`\sqrt{10} \approx 3` times as large. How many products does a real
 # matrix take? Take the curvature of the tutorial's network with respect to the
 # 250 weights of its first layer, on a mini-batch of 64 images, after a short
-# training with Adam. The library BackPACK leaves two functions on these
-# weights: products with the `GGN
-# <plot_1_newton_step.html#generalized-gauss-newton>`__ and with the `Hessian
-# <plot_1_newton_step.html#hessian>`__.
+# training with Adam. BackPACK, a library, attaches two functions to the weight
+# tensor: ``ggnmp``, the product with the `GGN
+# <plot_1_newton_step.html#generalized-gauss-newton>`__, and ``hmp``, that with
+# the `Hessian <plot_1_newton_step.html#hessian>`__.
 
 # Train with Adam for 150 steps, and let BackPACK leave the products.
 import warnings
@@ -457,10 +458,9 @@ _ = describe(
 )
 
 # %%
-# Less damping costs products, and lengthens the step. If the
-# damping falls to a tenth, the number of products grows by less than
-# :math:`\sqrt{10}`. Every solve takes
-# far fewer products than the 250 unknowns.
+# Less damping costs products, and lengthens the step. If the damping falls to
+# a tenth, the products grow by a factor below :math:`\sqrt{10}`. Every solve
+# takes far fewer products than the 250 unknowns.
 #
 # When to stop
 # ------------
@@ -554,10 +554,11 @@ _ = describe(
 # %%
 # The residual rises now and then; the model value falls at every product. A
 # solve that stops at a tolerance of 0.1, the thin line, takes less than half
-# of the products, and reaps more than nine tenths of the decrease, even at
-# this small damping. Martens, `Deep learning via Hessian-free optimization
-# (2010) <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__,
-# stops by the progress of the model value instead.
+# of the products of this long solve, and reaps more than nine tenths of the
+# decrease, even at this small damping. Martens, `Deep learning via
+# Hessian-free optimization (2010)
+# <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, stops by
+# the progress of the model value instead.
 #
 # Negative curvature
 # ------------------

@@ -348,9 +348,9 @@ assert (after[3] < 0.95).all()
 # - two `positive-curvature Hessians
 #   <plot_a_positive_curvature.html#positive-curvature-hessian>`__ (PCH; Chen,
 #   Chou and Chang, `2018 <https://arxiv.org/abs/1802.06502>`__) make negative
-#   parts of the Hessian positive (abs) or zero (clip). BackPACK's PCH squares a
-#   factor of these parts, so that the PCH here `hardly differ from the GGN
-#   <plot_a_positive_curvature.html#backpack-s-products>`__.
+#   parts of the Hessian positive (abs) or zero (clip). As BackPACK computes the
+#   PCH, both `hardly differ from the GGN
+#   <plot_a_positive_curvature.html#backpack-s-products>`__ here.
 #
 # As in the published run, CG goes on at negative curvature.
 
@@ -405,8 +405,8 @@ _ = describe(
 )
 
 # %%
-# The GGN and both PCH leave the plateau together. The six other runs stay on the
-# plateau in these 50 steps.
+# The GGN and both PCH leave the plateau together. The six other runs do not get
+# below the plateau in these 50 steps.
 
 # Check the nine runs.
 TRAINED = ("GGN", "PCH-abs", "PCH-clip")
@@ -678,8 +678,8 @@ _ = describe(
 
 # %%
 # The lower curves are means of ten steps, from one seed. Page 4 holds the `race
-# <plot_4_is_it_worth_it.html#who-wins>`__, with test images and more seeds: there, Adam
-# is ahead of Newton steps in all layers.
+# <plot_4_is_it_worth_it.html#who-wins>`__, with test images and more seeds.
+# There, Adam is ahead of ``CGN``, which takes Newton steps in every layer.
 
 # Check that Newton steps are the fewer.
 assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)

@@ -5,7 +5,7 @@ r"""
 In 50 steps, `page 3 <plot_3_matrix_free_optimization.html>`__ trained a network on
 which 50 steps of gradient descent do nothing. But a Newton step costs several
 gradients, and plain gradient descent is not the rival to beat. Here, Newton steps
-race by the clock against rivals whose settings a random search chose. The
+race by the clock against rivals that were tuned, by random search and by hand. The
 page shows what the `full experiments <../experiments.html>`__ found, and repeats a
 part of them from two fresh seeds.
 
@@ -24,12 +24,13 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # The rules
 # ---------
 #
-# Each of eight contenders draws 40 settings at random, from a space that holds its
-# own habits: rates, momenta, both :math:`\beta` of Adam, batches of 64 to 1,024
-# images, averages of the weights, and constant or falling rates. Those that got far
-# were then tuned by hand, for as long again. Training images that are held out choose
-# the settings, on two tuning seeds. Five other seeds and the 10,000 test images give
-# `what is shown <../experiments.html#the-rules>`__.
+# Each of eight contenders draws 40 settings at random, from a search space of its own:
+# rates, momenta, both :math:`\beta` of Adam, batches of 64 to 1,024 images, averages of
+# the weights, and constant or falling rates. The contenders that got far were then
+# tuned by hand: up to 38 further settings. Settings are chosen by their accuracy on
+# held-out training images, on two tuning seeds. What is chosen races from five other
+# seeds, on the 10,000 test images. The `full rules <../experiments.html#the-rules>`__
+# name two exceptions.
 #
 # Who wins?
 # ---------
@@ -125,8 +126,9 @@ for contender in STYLES:
 # to 1: Keller Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`__ (2024).
 # CGN + Muon comes second to each goal, at up to one and a half times Muon's time. Adam,
 # with :math:`\beta_1 = 0.5` and an average of the weights, and CGN + Adam follow, level
-# with each other. CGN in all layers is slower, and gets to 97 % in none of its runs. By
-# steps, Muon and CGN + Muon are ahead of all others to 90 and 95 %.
+# with each other, at three to four times Muon's time. CGN in all layers is slower, and
+# gets to 97 % in none of its runs. By steps, too, Muon and CGN + Muon are ahead of all
+# others.
 #
 # So even if gradients vanish, curvature is not the fastest way here, and Newton steps
 # in the last layer do not make a well-tuned Muon faster. If only `one or two settings
@@ -145,8 +147,11 @@ for goal in ERRORS:
     assert set(ranked[2:4]) == {"Adam", "CGN + Adam"}
     assert typical(goal, ranked[1]) < 1.5 * typical(goal, "Muon")
     assert typical(goal, ranked[3]) < 1.15 * typical(goal, ranked[2])
+    slower = [typical(goal, name) / typical(goal, "Muon") for name in ranked]
+    assert min(slower[2:4]) > 3
+    assert max(slower[2:4]) < 4
 assert min(took("97%", "CGN")) == float("inf")
-for goal in ("90%", "95%"):
+for goal in ERRORS:
     ranked = sorted(STYLES, key=lambda name: typical(goal, name, "steps"))
     assert set(ranked[:2]) == {"Muon", "CGN + Muon"}
 
@@ -232,9 +237,9 @@ for one in zip(*reached.values(), strict=True):
     assert max(muon, cgn, with_muon) < with_adam < adam
 
 # %%
-# Where does the time of a step go? Milliseconds, from the full experiments. The solves
-# consist of products and the rest; "gradient" is all else: the passes, and the steps of
-# Adam and Muon.
+# Where does the time of a step go? Milliseconds, from the full experiments, after 30
+# steps at the fastest setting to 90 %. The solves consist of products and the rest;
+# "gradient" is all else: the passes, and the steps of Adam and Muon.
 
 PARTS = {
     "All": "all",
@@ -289,16 +294,18 @@ for way, run in zip(WAYS, race(settings, SEEDS[0], steps=51), strict=True):
 print("Mean loss of steps 41 to 50, with gradient steps in these layers:")
 for way, losses in found["ablation"].items():
     way = way.strip(", ")
+    if way not in WAYS and not way.endswith("as long"):
+        continue
     three = "".join(f"{loss:6.2f}" for loss in losses)
     here = f"{late[way]:.2f}" if way in late else ""
     print(f"{way:33}{three}   {here}")
 
 # %%
 # At the rate :math:`\gamma/\lambda`, gradient steps in both linear layers do not train.
-# As long as Newton's they do, even in all layers: so a part of what curvature gives is
-# the length of each layer's step. The rest is direction: with equal lengths, gradient
-# steps end at a higher loss, in any part and on every seed, most of all in the linear
-# layers.
+# If gradient steps are as long as Newton's, the network trains, even with gradient
+# steps in all layers. So a part of what curvature gives is the length of each layer's
+# step. The rest is direction: with equal lengths, gradient steps end at a higher loss,
+# in any part and on every seed, most of all in the linear layers.
 #
 # And in CGN + Muon, where Newton steps move the last layer alone? Medians of three seeds:
 
@@ -308,8 +315,8 @@ for row in found["beside Muon"]:
 
 # %%
 # There, length is most of the gain: gradient steps as long as Newton's need a few more
-# steps to 90 and 95 %, and gradient steps at the rate :math:`\gamma/\lambda` need half
-# as many more, or above.
+# steps to 90 and 95 %, and gradient steps at the rate :math:`\gamma/\lambda` need 1.5
+# to 1.7 times as many.
 
 # Check it, seed by seed.
 newton, as_long, flat = (
@@ -317,7 +324,7 @@ newton, as_long, flat = (
     for row in found["beside Muon"]
 )
 for a, b, c in zip(newton, as_long, flat, strict=True):
-    assert a < b < 1.2 * a and 1.4 * a < c < 1.7 * a
+    assert a < b < 1.2 * a and 1.45 * a < c < 1.75 * a
 ablation = found["ablation"]
 curved = ablation["none, "]
 for way, as_long in ablation.items():
@@ -336,22 +343,24 @@ assert late["both linear layers, rate γ/λ"] > 2.2
 # A longer plateau
 # ----------------
 #
-# A deep autoencoder of sigmoids first learns the mean image, a squared error of 53, and
-# may stay there. Here the whole network is one block, and :math:`\gamma = 1`. A **warm
-# start** begins a solve at 0.95 of the last step. **Damping that adapts**, the rule of
-# Levenberg and Marquardt, compares how much the loss fell with how much the quadratic
-# model :math:`q` had promised,
+# A deep autoencoder of sigmoids (784, 250, 100, 30 units, and back) first learns the
+# mean image, a squared error of 53, and may stay there. Here the whole network is one
+# block, and :math:`\gamma = 1`. A **warm start** begins a solve at 0.95 of the last
+# step. **Damping that adapts** looks at how much the loss fell, compared with how much
+# the quadratic model :math:`q` had promised:
 #
 # .. math::
 #
-#    \rho = \frac{L(x + \gamma v) - L(x)}{q(\gamma v) - q(0)} ,
+#    \rho = \frac{L(x + \gamma v) - L(x)}{q(\gamma v) - q(0)} .
 #
-# lowers :math:`\lambda` by a third if :math:`\rho > 3/4`, raises :math:`\lambda` by a
-# half if :math:`\rho < 1/4`, and takes the step back if the loss rose:
-# `LevenbergMarquardt <../api.html#cgn_tutorial.LevenbergMarquardt>`__. Recorded, after
-# about 15 seconds each:
+# The rule of Levenberg and Marquardt lowers :math:`\lambda` by a third if :math:`\rho >
+# 3/4`, and raises :math:`\lambda` by a half if :math:`\rho < 1/4`. If the loss is not
+# lower, the rule takes the step back: `LevenbergMarquardt
+# <../api.html#cgn_tutorial.LevenbergMarquardt>`__. Recorded, after about 15 seconds
+# each:
 
 autoencoder = found["autoencoder"]
+del autoencoder["λ adapts to another batch"]  # see the full experiments
 for way, runs in autoencoder.items():
     taken, error = (
         statistics.median(runs[name]) for name in ("steps", "error")
@@ -383,7 +392,8 @@ assert max(adams) < min(rest)
 #   for several blocks. The `guide to all settings <../guides/choosing.html>`__ says
 #   where to begin.
 # - **Which layers?** The last ones, whose products cost least. Let Muon have the rest.
-# - **Which batch?** 64 or 128: for Newton steps, the search chose no larger ones.
+# - **Which batch?** 64 or 128: on this network, the search chose no larger ones for
+#   Newton steps.
 #
 # On another kind of problem, least squares to many digits, Newton steps win by far:
 # see `page 7 <plot_7_where_it_wins.html>`__.

@@ -538,10 +538,9 @@ _ = describe(
 #   products.
 # - The whole network does not train in 16 steps. With as many products as the
 #   layers, it trains, too, in more than five times as many steps. Its products
-#   are the dear ones, as the bars show.
-# - A tighter tolerance is no cure: at 0.01, `some runs of other blocks blow up
-#   <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__, and blocks
-#   per layer train.
+#   are the most expensive ones, as the bars show.
+# - At a tighter tolerance, 0.01, blocks per layer train, and `some runs of the other
+#   blocks blow up <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.
 
 # Check all of it, seed by seed.
 for label in ("parameter", "layer"):
@@ -676,8 +675,9 @@ _ = describe(
 #   meets a negative direction. In the Hessian of the untrained residual network,
 #   CG finds a direction of `negative curvature
 #   <plot_2_conjugate_gradients.html#negative-curvature>`__, and stops there.
-# - **BackPACK or autograd?** The products are the same if both exist. BackPACK
-#   has further curvatures, such as the `PCH
+# - **BackPACK or autograd?** The products are the same, but for `modules in which
+#   BackPACK's are wrong <../guides/backpack.html>`__. BackPACK has further
+#   curvatures, such as the `PCH
 #   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes any
 #   model, loss and blocks.
 # - **Which blocks?** One per layer is a good start. `Choosing
@@ -708,8 +708,8 @@ assert reason[GGN] != "negative curvature" == reason[Hessian]
 # Check yourself
 # --------------
 #
-# .. fold:: How many backward passes does a step take whose solves need ten products
-#     with one block?
+# .. fold:: A step has one block, and its solve takes ten products. How many backward
+#     passes is that?
 #
 #    22: two for the gradient, which also leave the graphs, and two for each
 #    product. The very first step takes one more, to check that autograd sees all

@@ -144,8 +144,8 @@ for label, (layer, loss_function) in CASES.items():
 # %%
 # With a sum over four processes, gradient and curvature are a quarter of what they
 # should be, but :math:`\lambda` is not, so that :math:`\lambda` damps four times as
-# much. With BatchNorm or dropout, the processes agree on a
-# step, but not on the step of one process with the whole batch.
+# much. With BatchNorm or dropout, all processes take the same step, but not the
+# step that one process would take with the whole batch.
 
 # Check the differences.
 assert gaps["nothing special"] < 1e-12

@@ -74,12 +74,11 @@ def fit(x, y, steps=301):
 in_double = fit(x, y)
 
 # %%
-# Three names differ from other training loops. ``JacobianGGN`` takes the place of
-# ``loss.backward()``. ``cholesky`` solves each system
-# exactly: with 301 unknowns, the matrix is small. ``LevenbergMarquardt`` adapts
-# :math:`\lambda`: down by up to a factor of three after a good step, up after a bad
-# step, which it takes back. In ``float64``, :math:`\lambda` may fall to
-# :math:`10^{-14}`.
+# Three names are new. ``JacobianGGN`` takes the place of ``loss.backward()``.
+# ``cholesky`` solves each system exactly: with 301 unknowns, the matrix is small.
+# ``LevenbergMarquardt`` adapts :math:`\lambda`: down by up to a factor of three after a
+# good step, up after a bad step, which it takes back. In ``float64``, :math:`\lambda`
+# may fall to :math:`10^{-14}`.
 
 # Check the last loss.
 assert in_double < 1e-8
@@ -383,12 +382,13 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 # The race
 # --------
 #
-# Each contender had six settings, drawn at random from a space of its own, and the
-# best on another seed races here, from three fresh seeds. The clock counts
-# processor time. L-BFGS is torch's. It learns from a step only if the product of the
-# step and the change of the gradient exceeds :math:`10^{-10}`, an absolute number: so
-# the loss is multiplied by a large number, the scale. BFGS is SciPy's, and keeps a
-# dense matrix. ``CGN``, for conjugate-gradient Newton, is ``CGNOptimizer``.
+# Each contender had six settings, drawn at random from a space of its own. The best on
+# another seed, in the longer race of the full tables, races here from three fresh
+# seeds. The clock counts processor time. L-BFGS is torch's. It learns from a step only
+# if the product of the step and the change of the gradient exceeds :math:`10^{-10}`, an
+# absolute number: so the loss is multiplied by a large number, the scale. BFGS is
+# SciPy's, and keeps a dense matrix. ``CGN``, for conjugate-gradient Newton, is
+# ``CGNOptimizer``.
 
 # Race from three seeds, and draw every run.
 results = {
@@ -460,15 +460,15 @@ assert ours < min(rivals["Adam"], rivals["Momentum"]) / 20
 #
 # With 1,185 parameters, ``Nystrom`` ends lower than ``cholesky`` in the same time;
 # with fewer, the two are close, or ``cholesky`` ends lower. With 9,873 parameters,
-# ``cholesky`` raced alone, on the 1,020 residuals.
+# ``Nystrom`` did not race; ``cholesky`` factorized the matrix of 1,020 residuals.
 #
 # A published comparison
 # ----------------------
 #
-# Dangel, Müller and Zeinhofer (2024) trained this network on this equation, on a
-# GPU, with the best of about 50 settings for each method. Their errors after 60
-# seconds, as relative errors, which are twice the root mean square that they
-# logged:
+# Dangel, Müller and Zeinhofer (2024) trained this network on this equation, on a GPU,
+# with the best of about 50 settings for each method. They logged the root mean square
+# of the error. Twice this number is the relative error, as :math:`u` has the root mean
+# square 1/2:
 
 # Print published errors beside those of this page.
 from cgn_tutorial.pages.pinn import load_published
@@ -484,10 +484,9 @@ print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 # The nearest relatives of CGN are Hessian-free, CG on the same matrix with products
 # through the graph, and ENGD, the dense matrix. After 20 seconds, the CGN of the full
 # tables is below what every method above had after 60, and above what Hessian-free,
-# KFAC and ENGD had after 1,000.
-# L-BFGS with the scaled loss has 1.6 times the error of their L-BFGS. Their SGD got
-# further in 60 seconds than momentum here in 20, with more settings and a GPU.
-# (Machines, points and settings differ.)
+# KFAC and ENGD had after 1,000. L-BFGS with the scaled loss has 1.6 times the error of
+# their L-BFGS. Their SGD got much further in 60 seconds than momentum here in 20, with
+# more settings and a GPU. (Machines, points and settings differ.)
 #
 # Where it does not win
 # ---------------------

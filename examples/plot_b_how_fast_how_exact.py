@@ -61,10 +61,10 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # :math:`\kappa = \mu_1 / \mu_n`. The line :math:`\pi(\mu) = 1 - 2 \mu / (\mu_1 + \mu_n)` is
 # :math:`\pm (\kappa - 1) / (\kappa + 1)` at the two ends, and smaller between. A step of gradient
 # descent of the size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
-# which is this line. A step of gradient descent that minimises along its direction leaves no more.
-# So :math:`k` steps leave at most the :math:`k`-th power of :math:`(\kappa - 1) / (\kappa + 1)`. Of
-# all polynomials of degree :math:`k` that are 1 at zero, Chebyshev's polynomial is the smallest
-# between the two ends. This polynomial gives CG the bound
+# which is this line. With steps of the length :math:`\alpha` that minimises along the direction,
+# the A-norm of the error is no larger. So :math:`k` steps leave at most the :math:`k`-th power of
+# :math:`(\kappa - 1) / (\kappa + 1)`. Of all polynomials of degree :math:`k` that are 1 at zero,
+# Chebyshev's polynomial is the smallest between the two ends. This polynomial gives CG the bound
 #
 # .. math::
 #
@@ -387,8 +387,8 @@ _ = describe(
 # %%
 # After 60 products, the thin line, neither format is done: rounding spoils the conjugacy to
 # directions long past, and CG repeats itself. Later, :math:`b - A x_k` stops at a floor, and the
-# residual of the recurrence goes on falling: the two drift apart. Above one hundredth, the two
-# agree to a percent, and the tolerance of training, 0.1, means what it says.
+# residual of the recurrence goes on falling: the two drift apart. As long as the residual is above
+# one hundredth, the two agree to a percent, and the tolerance of training, 0.1, means what it says.
 #
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and the recurrence knows nothing of the
