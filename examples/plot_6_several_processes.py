@@ -322,7 +322,8 @@ assert two[-1] < 1
 # If a process dies, the other processes raise an error, and ``torchrun`` starts all
 # of them again from the checkpoint. (The first line keeps the new processes from
 # looking for each other at the old addresses.) If options or parameters of the
-# processes differ, ``whole_batch`` makes all processes raise.
+# processes differ, ``whole_batch`` makes all processes raise. The tests run
+# several processes on CPUs, over gloo; NCCL is tested with one process on one GPU.
 #
 # How many processes?
 # -------------------
