@@ -135,6 +135,16 @@ print(f"{steps} steps in {seconds:.0f} s: relative error {l2:.0e}")
 assert l2 < 1e-3
 
 # %%
+# The residual of a point inside, as a function: called with the weights of the second
+# derivatives, the network returns :math:`u_\theta`, its gradient and its Laplacian.
+
+import inspect
+from textwrap import dedent
+
+inside, *samples = race.problem.terms[0]
+print(dedent(inspect.getsource(inside)))
+
+# %%
 
 # Draw the solution, the error and the residual.
 from matplotlib import pyplot as plt
