@@ -26,6 +26,7 @@ OPTIONS = {method: {"lr": 0.01} for method in METHODS} | {
     "Muon": {"lr": 0.01, "momentum": 0.9, "adam_lr": 0.01, "betas": (0.9, 0.999)},
     "CGN": NEWTON,
     "CGN + Adam": NEWTON,
+    "CGN + Muon": NEWTON | {"muon_lr": 0.01, "momentum": 0.9, "adam_lr": 0.01},
 }
 
 
@@ -272,6 +273,17 @@ def test_muon_turns_hidden_matrices_and_adam_the_rest():
             assert step.sum() / step.max() > 2 * slope.sum() / slope.max()  # all count alike
         else:
             torch.testing.assert_close(p, q)
+
+
+def test_beside_newton_steps_muon_and_adam_move_what_is_theirs():
+    newton = Run(Setting("CGN + Muon", OPTIONS["CGN + Muon"] | {"last": 1}), 0)
+    muon = Run(Setting("Muon", OPTIONS["Muon"]), 0)
+    adam = Run(Setting("CGN + Adam", NEWTON | {"last": 1, "adam_lr": 0.01}), 0)
+    for run in (newton, muon, adam):
+        run.step()
+    others = zip(weights(newton), weights(muon), weights(adam), strict=True)
+    for i, (p, of_muon, of_adam) in enumerate(others):
+        torch.testing.assert_close(p, of_muon if i in (0, 2, 4) else of_adam)
 
 
 def test_the_networks_are_those_that_their_names_say():
