@@ -141,8 +141,8 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # Gradient descent turns at a right angle in the left panel. So its third step
 # is parallel to its first step, and repairs what the second step undid. The
 # conjugate path turns at a right angle in the right panel. There, the first
-# step ends where the step touches a circle, and the second step follows that
-# circle's radius to the centre.
+# step ends as a tangent of a circle. So the second step, at a right angle,
+# leads to the centre.
 #
 # What if the valley is longer, and the start another one? Let :math:`\kappa`
 # be the ratio of the two eigenvalues of :math:`A`. From which start does
@@ -510,7 +510,7 @@ assert cg(A, -g, maxiter=4).solve.products == 4
 # The second is how much of the model's possible decrease the step reaps. How
 # small is the missing part if the residual is small?
 
-tol = 0.1
+A, tol = ggn[1e-4], 0.1
 
 
 def quadratic_model(path, A, b):
@@ -555,7 +555,7 @@ _ = describe(
 # The residual rises now and then; the model value falls at every product. A
 # solve that stops at a tolerance of 0.1, the thin line, takes less than half
 # of the products of this long solve, and reaps more than nine tenths of the
-# decrease, even at this small damping. Martens, `Deep learning via
+# decrease, even at :math:`\lambda = 0.0001`. Martens, `Deep learning via
 # Hessian-free optimization (2010)
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, stops by
 # the progress of the model value instead.

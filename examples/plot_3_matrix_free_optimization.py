@@ -27,7 +27,7 @@ Optimizer, experiment and published figures are those of BackPACK's example
 <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and code here are
 our own.
 
-*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
+*About 25 minutes to read, and three to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
@@ -348,8 +348,8 @@ assert (after[3] < 0.95).all()
 # - two `positive-curvature Hessians
 #   <plot_a_positive_curvature.html#positive-curvature-hessian>`__ (PCH; Chen,
 #   Chou and Chang, `2018 <https://arxiv.org/abs/1802.06502>`__) make negative
-#   parts of the Hessian positive (abs) or zero (clip). As BackPACK computes the
-#   PCH, both `hardly differ from the GGN
+#   parts of the Hessian positive (abs) or zero (clip). BackPACK's variant of both
+#   `hardly differs from the GGN
 #   <plot_a_positive_curvature.html#backpack-s-products>`__ here.
 #
 # As in the published run, CG goes on at negative curvature.
@@ -578,9 +578,8 @@ _ = describe(
     " differently for each seed; with plain CG the loss stays at 2.3.",
 )
 for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
-    print(f"seed {seed}: GGN {late(ggn):.2f}, ", end="")
-    print(f"Hessian that stops {late(hessian):.2f}, ", end="")
-    print(f"at most {max(hessian.loss):.1f}")
+    print(f"seed {seed}, mean of the last ten: GGN {late(ggn):.2f},", end="")
+    print(f" Hessian {late(hessian):.2f}, highest {max(hessian.loss):.1f}")
 
 # %%
 # With the rule, the loss leaves the plateau on each seed, but does not stay low: the

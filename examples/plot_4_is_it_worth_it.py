@@ -16,7 +16,7 @@ layer <plot_5_any_architecture.html#blocks-parameter-layer-network>`__. ``CGN``,
 conjugate-gradient Newton, is short for all of this. ``CGN + Adam`` and ``CGN +
 Muon`` take Newton steps in the last layers, and Adam's or Muon's steps in the others.
 
-*About 15 minutes to read, and two to run.* To run this page, ``pip install`` the
+*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
@@ -27,16 +27,17 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # Each of eight contenders draws 40 settings at random, from a search space of its own:
 # rates, momenta, both :math:`\beta` of Adam, batches of 64 to 1,024 images, averages of
 # the weights, and constant or falling rates. The contenders that got far were then
-# tuned by hand: up to 38 further settings. Settings are chosen by their accuracy on
-# held-out training images, on two tuning seeds. What is chosen races from five other
-# seeds, on the 10,000 test images. The `full rules <../experiments.html#the-rules>`__
-# name two exceptions.
+# tuned by hand: about 36 further settings, or 20 for SGD and RMSprop. Settings are
+# chosen by their accuracy on held-out training images, on two tuning seeds. What is
+# chosen races from five other seeds, on the 10,000 test images. The `full rules
+# <../experiments.html#the-rules>`__ name two exceptions.
 #
 # Who wins?
 # ---------
 #
 # Seconds and steps to a test error of 10, 5 and 3 percent. Every point is a run. A
-# hollow point at the right edge is a run that did not get there in five seconds.
+# hollow point at the right edge is a run that did not get there, in five seconds or
+# before its rate had fallen to zero.
 
 from cgn_tutorial.pages.races import Setting, load_experiments, race
 
@@ -386,7 +387,7 @@ assert max(adams) < min(rest)
 # -------------
 #
 # - **Which method?** On mini-batches as here, Muon, or Adam with :math:`\beta_1`
-#   turned down, an average, and a rate that falls. `When to use what
+#   turned down, and an average of the weights. `When to use what
 #   <../guides/when.html>`__ sorts problems by kind.
 # - **Which knob first?** The damping, in factors of 3; then the step size, 0.1 to 0.4
 #   for several blocks. The `guide to all settings <../guides/choosing.html>`__ says

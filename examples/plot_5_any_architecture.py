@@ -381,7 +381,9 @@ for kind, shift, color in (("GGN", -0.2, "blue"), ("Hessian", 0.2, "orange")):
     hatch = "" if kind == "GGN" else "//"
     style = {"color": COLORS[color], "hatch": hatch, "ec": "white"}
     ax.barh(rows + shift, cost, height=0.38, label=kind, **style)
-    print(f"{kind:8}", *[f"{c:6.2f}" for c in cost])
+    if kind == "GGN":
+        print(" " * 8, *[f"{name:>8}" for name in NAMES])
+    print(f"{kind:8}", *[f"{c:8.2f}" for c in cost])
 ax.axvline(1, color="gray", lw=1, ls=":")
 ax.set(yticks=rows, yticklabels=NAMES)
 ax.set(xlabel="time of a product, in gradients")
@@ -397,9 +399,7 @@ _ = describe(
 # %%
 # The closer to the loss, the cheaper: one product of the first convolution takes
 # as long as many of the last layer. The whole network's product passes through
-# all layers once, and costs less than the products of all layers together. A
-# network may
-# also be small enough for its matrix: `Dense or not
+# all layers once. A network may also be small enough for its matrix: `Dense or not
 # <plot_c_dense_or_not.html>`__ compares.
 #
 # Blocks: parameter, layer, network
@@ -726,7 +726,7 @@ assert reason[GGN] != "negative curvature" == reason[Hessian]
 #     fewer, than with ``GGN(layers(model))``?
 #
 #    More: each weight and each bias has a solve of its own, with at least one
-#    product, and the two blocks have one solve per layer.
+#    product. With ``layers``, a weight and its bias share one solve.
 
 # Check the answers.
 assert 2 + 2 * 10 == 22

@@ -19,8 +19,8 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
-# What is a sum over data
-# -----------------------
+# Sums over data
+# --------------
 #
 # The loss of a batch of :math:`N` samples is a mean. Process :math:`i` of
 # :math:`P` has :math:`n_i` samples, and computes the mean :math:`L_i` over them:
@@ -186,8 +186,8 @@ print(inspect.getsource(train_parallel.train))
 # %%
 # With BackPACK's products, wrap the extended network:
 # ``DistributedDataParallel(extend(model))``. The wrapper averages the gradients of
-# shards of one size; for shards of other sizes, ``whole_batch`` raises. Without a
-# wrapper, ``whole_batch`` averages the gradients, too, and the sizes may differ.
+# shards of equal size; for others, ``whole_batch`` raises. Without a wrapper,
+# ``whole_batch`` averages the gradients, too, and the sizes may differ.
 #
 # Two processes, for real
 # -----------------------

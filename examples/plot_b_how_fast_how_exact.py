@@ -61,8 +61,8 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # :math:`\kappa = \mu_1 / \mu_n`. The line :math:`\pi(\mu) = 1 - 2 \mu / (\mu_1 + \mu_n)` is
 # :math:`\pm (\kappa - 1) / (\kappa + 1)` at the two ends, and smaller between. A step of gradient
 # descent of the size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the error by :math:`I - \eta A`,
-# which is this line. With steps of the length :math:`\alpha` that minimises along the direction,
-# the A-norm of the error is no larger. So :math:`k` steps leave at most the :math:`k`-th power of
+# which is this line. Gradient descent with the best :math:`\alpha` in each step does at least as
+# well, in the A-norm. So :math:`k` steps leave at most the :math:`k`-th power of
 # :math:`(\kappa - 1) / (\kappa + 1)`. Of all polynomials of degree :math:`k` that are 1 at zero,
 # Chebyshev's polynomial is the smallest between the two ends. This polynomial gives CG the bound
 #
@@ -394,8 +394,8 @@ _ = describe(
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and the recurrence knows nothing of the
 # change. Greenbaum, `Estimating the Attainable Accuracy of Recursively Computed Residual Methods
 # <https://doi.org/10.1137/S0895479895284944>`__, 1997, bounds the floor by a multiple of the
-# largest change. The next lines print both for two condition numbers, in units of the precision
-# times :math:`\lVert b \rVert`, in float64.
+# largest change. The next lines print the floor and the largest change for two condition numbers,
+# in units of the precision times :math:`\lVert b \rVert`, in float64.
 
 for kappa, steps in ((1e3, 400), (1e6, 2000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)

@@ -226,7 +226,7 @@ print(f"{sizes[-1]:,} parameters: {ours:.0f} MB matrix-free, ", end="")
 print(f"{theirs:.0f} MB by Woodbury's formula")
 k = len(seconds["Woodbury"]) - 1
 slower = seconds["Woodbury"][k] / seconds["matrix-free"][k]
-print(f"at {sizes[k]:,} parameters, it takes {slower:.0f} times as long as CG")
+print(f"at {sizes[k]:,} parameters, Woodbury takes {slower:.0f} times as long")
 assert theirs > 10 * ours
 assert first_too_large < 200_000
 assert memory[-1] < 0.1 * GB
@@ -314,13 +314,13 @@ _ = describe(
 )
 
 # %%
-# The last layer has nine tenths of :math:`\lVert b \rVert^2`. A tolerance of 0.1
-# lets a hundredth remain, and both convolutions together have less than a
-# hundredth. As far as the residual tells, the convolutions need not move, and
-# their steps are less than a hundredth as long as the exact steps. At a tolerance
-# of 0.01, the second convolution's share counts, and the whole step comes out
-# within a few percent. With a block per layer, a tolerance of 0.1 asks for a
-# digit of *each* layer's gradient.
+# The last layer has nine tenths of :math:`\lVert b \rVert^2`. A tolerance of
+# 0.1 lets :math:`0.1^2 = 1\,\%` of :math:`\lVert b \rVert^2` remain, and both
+# convolutions together have less. As far as the residual tells, the
+# convolutions need not move, and their steps are less than a hundredth as long
+# as the exact steps. At a tolerance of 0.01, the second convolution's share
+# counts, and the whole step comes out within a few percent. With a block per
+# layer, a tolerance of 0.1 asks for a digit of *each* layer's gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
