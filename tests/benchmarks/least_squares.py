@@ -63,11 +63,13 @@ SPACES: Mapping[str, Mapping[str, Draw]] = {
         "scale": SCALE,
     },
     "BFGS (SciPy)": {"scale": one_of(1.0, 1e2, 1e4, 1e6, 1e8)},
+    "SSBroyden": {"wolfe": one_of(0.1, 0.5, 0.9), "share": one_of(0.0, 0.05)},
     "CGN, Nyström": NEWTON | {"rank": one_of(50, 100), "every": one_of(1, 2, 4)},
     "CGN, exact": NEWTON,
 }
 FEW = [name for name in SPACES if name not in ("Momentum", "L-BFGS")]  # never the best of 257
-LARGE = ["L-BFGS, scaled loss", "Adam, then L-BFGS", "CGN, exact"]  # BFGS would take 780 MB
+#: A dense matrix of BFGS or SSBroyden would take 780 MB.
+LARGE = ["L-BFGS, scaled loss", "Adam, then L-BFGS", "CGN, Nyström", "CGN, exact"]
 
 
 class Report(NamedTuple):

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib import resources
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import line_search, minimize
 from torch import Tensor, nn
 
 from cgn_tutorial import GGN, CGNOptimizer, JacobianGGN, LevenbergMarquardt, Nystrom, cholesky
@@ -382,11 +383,8 @@ def _adam_lbfgs(race: Race, lr: float, share: float, scale: float, history: int)
     _lbfgs(race, scale, history)
 
 
-def _bfgs(race: Race, scale: float = 1.0) -> None:
-    """SciPy's BFGS, with a dense approximation of the inverse Hessian, on the loss times `scale`.
-
-    If rounding spoils the line search, BFGS stops; then a new run begins from there.
-    """
+def _evaluator(race: Race, scale: float = 1.0) -> Callable[[Any], tuple[float, Any]]:
+    """The loss times `scale`, and its gradient, as a function of a vector x of all parameters."""
 
     def evaluate(x: Any) -> tuple[float, Any]:
         _assign(race.model, x)
@@ -396,15 +394,90 @@ def _bfgs(race: Race, scale: float = 1.0) -> None:
         gradients = [p.grad.reshape(-1) for p in race.model.parameters() if p.grad is not None]
         return loss.item(), torch.cat(gradients).numpy()
 
+    return evaluate
+
+
+def _bfgs(race: Race, scale: float = 1.0) -> None:
+    """SciPy's BFGS, with a dense approximation of the inverse Hessian, on the loss times `scale`.
+
+    If rounding spoils the line search, BFGS stops; then a new run begins from there.
+    """
+
     def tick(x: Any) -> None:
         _assign(race.model, x)
         race.tick()
 
     options = {"gtol": 0.0, "maxiter": 10**9}
+    evaluate = _evaluator(race, scale)
     while True:
         start = _numbers(race.model)
         result = minimize(evaluate, start, method="BFGS", jac=True, callback=tick, options=options)
         tick(result.x)
+
+
+def _ssbroyden(race: Race, wolfe: float = 0.9, share: float = 0.0) -> None:
+    """Self-scaled Broyden steps, with a dense approximation H of the inverse Hessian.
+
+    With the step s = αd along d = −Hg, the change y of the gradient g, and v = s/yᵀs − Hy/yᵀHy,
+
+        H ← (H − Hyyᵀ H/yᵀHy + φ yᵀHy vvᵀ) / τ + ssᵀ/yᵀs,
+
+    which takes n² operations. BFGS has φ = τ = 1. `wolfe` is the part of the slope that a line
+    search may leave. Adam trains for a `share` of the time before.
+
+    Source:
+        Al-Baali, "Numerical experience with a class of self-scaling quasi-Newton algorithms"
+        (1998), for φ and τ; Urbán, Stefanou and Pons, "Unveiling the optimization process of
+        physics informed neural networks" (2025), for networks that solve differential equations.
+    """
+    if share:
+        _first_order(race, torch.optim.Adam, 1e-2, "cosine", until=share)
+    evaluate = lru_cache(maxsize=4)(lambda key: _evaluator(race)(np.frombuffer(key)))
+    loss = lambda x: evaluate(x.tobytes())[0]  # noqa: E731
+    slope = lambda x: evaluate(x.tobytes())[1]  # noqa: E731
+    x = _numbers(race.model).copy()
+    n, before = len(x), None
+    H = torch.zeros(0)
+    while True:
+        g = slope(x)
+        if fresh := not len(H):
+            H = torch.eye(n, dtype=DTYPE) / np.linalg.norm(g)
+        d = -(H @ torch.from_numpy(g)).numpy()
+        alpha = line_search(loss, slope, x, d, g, loss(x), before, c2=wolfe, maxiter=25)[0]
+        if alpha is None:  # rounding spoils the search: begin again
+            _assign(race.model, x)
+            race.tick()
+            if fresh:
+                return
+            H = torch.zeros(0)
+            continue
+        before, s = loss(x), alpha * d
+        x = x + s
+        y = slope(x) - g
+        b = -alpha * float(s @ g) / float(s @ y)  # sᵀBs / sᵀy, for B, the inverse of H
+        if fresh:
+            H = torch.eye(n, dtype=DTYPE) * float(s @ y) / float(y @ y)
+            b = float(s @ s) * float(y @ y) / float(s @ y) ** 2
+        _update(H, torch.from_numpy(s), torch.from_numpy(y), b)
+        _assign(race.model, x)
+        race.tick()
+
+
+def _update(H: Tensor, s: Tensor, y: Tensor, b: float) -> None:
+    """Al-Baali's φ and τ, and the update of H; see `_ssbroyden`."""
+    Hy, sy = H @ y, float(s @ y)
+    yHy = float(y @ Hy)
+    h = yHy / sy
+    a = max(h * b - 1, 1e-14)
+    low = min(1.0, h * (1 - math.sqrt(a / (1 + a))))
+    theta = max((low - 1) / a, min(1 / low, (1 - b) / b))
+    sigma, rho = 1 + a * theta, min(1.0, 1 / b)
+    power = sigma ** (-1 / (len(s) - 1))
+    tau = rho * min(power, 1 / theta) if theta > 0 else min(rho * power, sigma)
+    phi = (1 - theta) / sigma
+    v = s / sy - Hy / yHy
+    left = torch.stack([-Hy / yHy, phi * yHy * v, tau * s / sy])
+    H.addmm_(torch.stack([Hy, v, s]).T, left).div_(tau)
 
 
 def _assign(model: nn.Module, x: Any) -> None:
@@ -467,6 +540,7 @@ CONTENDERS: dict[str, Callable[..., None]] = {
     "L-BFGS, scaled loss": _lbfgs,
     "Adam, then L-BFGS": _adam_lbfgs,
     "BFGS (SciPy)": _bfgs,
+    "SSBroyden": _ssbroyden,
     "CGN, products through the graph": partial(_newton, graph=True),
     "CGN, stored J": _newton,
     "CGN, Nyström": _nystrom,
