@@ -624,6 +624,7 @@ def test_products_of_larger_blocks_must_return_the_shape_of_their_argument(resul
         ("negative_curvature", "abs"),
         ("warm_start", 1.1),
         ("max_length", -1.0),
+        ("max_length", None),
     ],
 )
 def test_options_set_out_of_range_between_steps_raise_and_change_nothing(name, value):

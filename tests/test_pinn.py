@@ -99,6 +99,19 @@ def test_each_contender_lowers_the_error_in_its_time(method):
     assert measurements[-1].l2 == race.problem.errors(race.model)[0]
 
 
+def test_self_scaled_broyden_updates_a_symmetric_inverse_that_explains_the_last_step():
+    torch.manual_seed(0)
+    A, s = torch.randn(2, 5, 5, dtype=torch.float64)
+    H, s = A @ A.T + torch.eye(5), s[0]
+    y = (A.T @ A + torch.eye(5)) @ s
+    for b in (0.5, 1.0, 3.0):
+        updated = H.clone()
+        pinn._update(updated, s, y, b)
+        torch.testing.assert_close(updated @ y, s)
+        torch.testing.assert_close(updated, updated.T)
+        assert torch.linalg.eigvalsh(updated).min() > 0
+
+
 def test_measuring_takes_no_time_of_the_run(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(pinn.time, "process_time", lambda: next(clock) * 1.0)

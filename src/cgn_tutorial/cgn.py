@@ -299,7 +299,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
     """Raise if an option is out of range."""
     for name in _RANGES.keys() & options:
         allowed, words = _RANGES[name]
-        if not allowed(options[name]):
+        try:
+            valid = allowed(options[name])
+        except TypeError:  # no number
+            valid = False
+        if not valid:
             raise ValueError(f"{name} must be {words}, but is {options[name]!r}.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -432,18 +433,25 @@ def _ssbroyden(race: Race, wolfe: float = 0.9, share: float = 0.0) -> None:
     """
     if share:
         _first_order(race, torch.optim.Adam, 1e-2, "cosine", until=share)
-    evaluate = lru_cache(maxsize=4)(lambda key: _evaluator(race)(np.frombuffer(key)))
-    loss = lambda x: evaluate(x.tobytes())[0]  # noqa: E731
-    slope = lambda x: evaluate(x.tobytes())[1]  # noqa: E731
+    at = lru_cache(maxsize=4)(lambda key: _evaluator(race)(np.frombuffer(key)))
+
+    def loss(x: Any) -> float:
+        return at(x.tobytes())[0]
+
+    def slope(x: Any) -> Any:
+        return at(x.tobytes())[1]
+
     x = _numbers(race.model).copy()
     n, before = len(x), None
     H = torch.zeros(0)
     while True:
         g = slope(x)
         if fresh := not len(H):
-            H = torch.eye(n, dtype=DTYPE) / np.linalg.norm(g)
+            H = torch.eye(n, dtype=DTYPE) / float(np.linalg.norm(g))
         d = -(H @ torch.from_numpy(g)).numpy()
-        alpha = line_search(loss, slope, x, d, g, loss(x), before, c2=wolfe, maxiter=25)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a search that fails
+            alpha = line_search(loss, slope, x, d, g, loss(x), before, c2=wolfe, maxiter=25)[0]
         if alpha is None:  # rounding spoils the search: begin again
             _assign(race.model, x)
             race.tick()
