@@ -395,8 +395,8 @@ assert max(adams) < min(rest)
 # - **Which batch?** 64 or 128: on this network, the search chose no larger ones for
 #   Newton steps.
 #
-# On another kind of problem, least squares to many digits, Newton steps win by far:
-# see `page 7 <plot_7_where_it_wins.html>`__.
+# On another kind of problem, least squares to many digits, Newton steps are among the
+# best: see `page 7 <plot_7_where_it_wins.html>`__.
 #
 # Check yourself
 # --------------
