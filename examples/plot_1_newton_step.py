@@ -473,9 +473,9 @@ assert bent(torch.tensor(2.0)) < 0
 
 # %%
 # Up to rounding, the smallest eigenvalue is zero. The GGN has null directions: adding 1 to all last
-# biases shifts all outputs alike, and the softmax does not notice. Small batches have more: each
-# image adds at most the number of classes less one to the rank, and 64 images of ten classes at
-# most 64 × 9 = 576.
+# biases shifts all outputs alike, and the softmax does not notice. A small batch leaves more of
+# them: the rank is at most the number of images times the classes less one, for 64 images of ten
+# classes 64 × 9 = 576.
 
 u = torch.zeros_like(x_init)
 u[-3:] = 1  # the last bias

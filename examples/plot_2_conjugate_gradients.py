@@ -141,8 +141,8 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # Gradient descent turns at a right angle in the left panel. So its third step
 # is parallel to its first step, and repairs what the second step undid. The
 # conjugate path turns at a right angle in the right panel. There, the first
-# step ends as a tangent of a circle. So the second step, at a right angle,
-# leads to the centre.
+# step ends where it touches a circle. The radius is at a right angle to this
+# tangent: so the second step leads to the centre.
 #
 # What if the valley is longer, and the start another one? Let :math:`\kappa`
 # be the ratio of the two eigenvalues of :math:`A`. From which start does

@@ -132,8 +132,8 @@ for contender in STYLES:
 # Muon are ahead of all others.
 #
 # So even if gradients vanish, curvature is not the fastest way here, and Newton steps
-# in the last layer do not make a well-tuned Muon faster. If only `one or two settings
-# <../experiments.html#what-does-the-tuning-cost>`__ can be tried, CGN + Muon is the
+# in the last layer do not make a well-tuned Muon faster. With only `one or two random
+# settings <../experiments.html#what-does-the-tuning-cost>`__ tried, CGN + Muon is the
 # fastest to 90 %.
 #
 # Two more networks had 12 settings each, and `no tuning by hand
@@ -175,8 +175,8 @@ for network in ("sigmoid MLP", "ReLU CNN"):
 
 # %%
 # Part of the race again, here and now: the settings that were the fastest to 95 % race
-# to 90 %. Tests come in growing strides: the next test comes when the steps have grown
-# by a half, later by a seventh.
+# to 90 %. After each test, the next test comes at half as many steps again, later at a
+# seventh more.
 
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
 MUON = Setting(

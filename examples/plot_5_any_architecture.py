@@ -115,8 +115,9 @@ for label, model in attempts.items():
 #
 # - :math:`J^\top u` **is** a backward pass, from :math:`u` in place of the outputs'
 #   gradient. Let this pass build a graph of its own.
-# - :math:`J^\top u` is linear in :math:`u`. So a backward pass through that graph,
-#   from the vector :math:`p`, gives :math:`J p`.
+# - The map :math:`u \mapsto J^\top u` has the Jacobian :math:`J^\top`. A backward pass
+#   multiplies by the transpose of a Jacobian: through this graph, from the vector
+#   :math:`p`, the pass gives :math:`J p`.
 # - The outputs' gradient :math:`g_z = \nabla_z \ell` has the Jacobian :math:`H_L J`
 #   with respect to the parameters. So a backward pass from :math:`g_z`, with the
 #   vector :math:`J p`, gives :math:`(H_L J)^\top J p = G p`, as :math:`H_L` is

@@ -193,8 +193,8 @@ for kappa in (10, 100, 1000):
 #
 # The next cell takes three clusters of width 1, and a ``b`` of ones. The entries of
 # :math:`r_k = \pi(A)\, b` are then the values of CG's polynomial at the eigenvalues. To see the
-# polynomial between the clusters, the cell adds unknowns with eigenvalues on a grid, whose entries
-# of ``b`` are so tiny, :math:`10^{-9}`, that the solve takes no notice.
+# polynomial between the clusters, the cell adds unknowns. Their eigenvalues lie on a grid, and
+# their entries of ``b`` are :math:`10^{-9}`, too small to change the solve.
 
 clusters = torch.tensor([20.0, 300.0, 1000.0]).double()
 clustered = (clusters[:, None] + torch.linspace(-0.5, 0.5, 100)).flatten()

@@ -358,8 +358,9 @@ for seed in SEEDS:
 # %%
 # Solved alone, the last layer's step is as short. The missing part lies along
 # directions that hardly curve beyond the damping of 0.001, a thousandth of the
-# curvature along the gradient. There, a long piece of the step leaves a small
-# residual, :math:`r = A\, (x - x_k)`, and adds little to the decrease.
+# curvature along the gradient. There, :math:`A` is small: even if a long piece
+# of the step is missing, the residual :math:`r = A\, (x - x_k)` is small, and
+# little of the decrease is lost.
 #
 # Does a tighter solve train better?
 # ----------------------------------
