@@ -474,8 +474,7 @@ assert bent(torch.tensor(2.0)) < 0
 # %%
 # Up to rounding, the smallest eigenvalue is zero. The GGN has null directions: adding 1 to all last
 # biases shifts all outputs alike, and the softmax does not notice. A small batch leaves more of
-# them: the rank is at most the number of images times the classes less one, for 64 images of ten
-# classes 64 × 9 = 576.
+# them: for N images of K classes, the rank is at most N (K − 1), for 64 images of ten classes 576.
 
 u = torch.zeros_like(x_init)
 u[-3:] = 1  # the last bias

@@ -544,9 +544,10 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 #
 # Along a direction of `negative curvature
 # <plot_2_conjugate_gradients.html#negative-curvature>`__, plain CG steps to a
-# maximum of the model. By default, ``cg`` stops there, and returns a direction
-# downhill (Dembo and Steihaug, `1983 <https://doi.org/10.1007/BF02592055>`__).
-# The Hessian with this rule, and the GGN, from three seeds:
+# maximum of the model. By default, ``cg`` stops before this step, and returns a
+# direction downhill (Dembo and Steihaug, `1983
+# <https://doi.org/10.1007/BF02592055>`__). The Hessian with this rule, and the
+# GGN, from three seeds:
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]

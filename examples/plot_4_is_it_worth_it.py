@@ -132,9 +132,10 @@ for contender in STYLES:
 # Muon are ahead of all others.
 #
 # So even if gradients vanish, curvature is not the fastest way here, and Newton steps
-# in the last layer do not make a well-tuned Muon faster. With only `one or two random
-# settings <../experiments.html#what-does-the-tuning-cost>`__ tried, CGN + Muon is the
-# fastest to 90 %.
+# in the last layer do not make a well-tuned Muon faster. But if each contender had
+# tried only `one or two random settings
+# <../experiments.html#what-does-the-tuning-cost>`__, then CGN + Muon would be the first
+# to 90 %.
 #
 # Two more networks had 12 settings each, and `no tuning by hand
 # <../experiments.html#who-wins>`__. On **a perceptron with five layers of sigmoids**,
@@ -175,8 +176,8 @@ for network in ("sigmoid MLP", "ReLU CNN"):
 
 # %%
 # Part of the race again, here and now: the settings that were the fastest to 95 % race
-# to 90 %. After each test, the next test comes at half as many steps again, later at a
-# seventh more.
+# to 90 %. A test comes whenever the number of steps has grown by a half since the last
+# test, and later by a seventh.
 
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
 MUON = Setting(

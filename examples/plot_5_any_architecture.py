@@ -676,7 +676,7 @@ _ = describe(
 #   meets a negative direction. In the Hessian of the untrained residual network,
 #   CG finds a direction of `negative curvature
 #   <plot_2_conjugate_gradients.html#negative-curvature>`__, and stops there.
-# - **BackPACK or autograd?** The products are the same, but for `modules in which
+# - **BackPACK or autograd?** The products are the same, except for `modules in which
 #   BackPACK's are wrong <../guides/backpack.html>`__. BackPACK has further
 #   curvatures, such as the `PCH
 #   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes any

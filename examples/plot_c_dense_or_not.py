@@ -3,8 +3,8 @@ C. Dense or not
 ===============
 
 Why not store the curvature matrix, and factorize it? And if conjugate gradients
-(CG) stop early, which part of the Newton step is missing? Beside `page 5
-<plot_5_any_architecture.html>`__, this page goes deeper into both questions. The
+(CG) stop early, which part of the Newton step is missing? This page goes
+deeper than `page 5 <plot_5_any_architecture.html>`__ into both questions. The
 system of a step,
 
 .. math::
