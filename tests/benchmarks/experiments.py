@@ -592,8 +592,8 @@ def tuning_figure(found: Mapping[str, Any]) -> Figure:
             times = [first(tests, goal)[1] for tests in result["first"]]
             spent, fastest = best_of_k(times, result["seconds"])
             ax.plot(spent, fastest, style, color=COLORS[color], label=contender)
-        ax.set(xscale="log", yscale="log", title=f"to {goal:.0%}", xlim=(1, 100))
-        ax.set(ylabel="seconds at the best setting so far")
+        ax.set(xscale="log", yscale="log", title=f"to {goal:.0%}")
+        ax.set(xlim=(1, 100), ylim=(0.15, 6), ylabel="seconds at the best setting so far")
     axes[1].set(xlabel="seconds of tuning")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
