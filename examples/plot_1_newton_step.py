@@ -2,18 +2,20 @@ r"""
 1. From a quadratic model to a matrix-free step
 ===============================================
 
-Gradient descent knows which way is down. Newton's method also measures how the slope changes, the
-*curvature*, and steps to the minimum of a quadratic model of the loss:
+Gradient descent follows the slope of the loss. Newton's method also measures the *curvature*, the
+change of the slope, builds a quadratic model of the loss, and steps towards the minimum of this
+model:
 
 .. math::
 
     (C + \lambda I)\, v = -g, \qquad x \leftarrow x + \gamma v .
 
-This page builds the formula from one dimension up. What do the gradient :math:`g`, the curvature
-:math:`C`, the damping :math:`\lambda` and the step size :math:`\gamma` do? Which matrix is
-:math:`C` for a neural network? How can a solver use a matrix that no memory holds?
+Here :math:`x` are the parameters, :math:`g` is the gradient, :math:`C` the curvature, :math:`v` the
+step, :math:`\lambda` the damping and :math:`\gamma` the step size. This page builds the formula
+from one dimension up. Which matrix is :math:`C` for a neural network? How can a solver use a matrix
+that is too large to store?
 
-*About 25 minutes to read, and one to run.* In a hurry? `The tutorial in 20 minutes
+*About 25 minutes to read, and one to run.* In a hurry? Read `the tutorial in 20 minutes
 <index.html#way-through>`__. To run this page, ``pip install`` the package as the `front page
 <../index.html#run-it-yourself>`__ says.
 """
@@ -22,15 +24,16 @@ This page builds the formula from one dimension up. What do the gradient :math:`
 # The local quadratic model
 # -------------------------
 #
-# Close to a point :math:`x`, a smooth loss :math:`L` looks like a parabola in the step :math:`v`:
+# Close to a point :math:`x`, a parabola :math:`q` in the step :math:`v` approximates a smooth loss
+# :math:`L(x + v)`:
 #
 # .. math::
 #
 #     q(v) = L(x) + g v + \tfrac{1}{2} C v^2
 #
-# with the slope :math:`g = L'(x)` and the curvature :math:`C = L''(x)`. The parabola is flat at the
-# **Newton step**, :math:`v = -g / C`. The update :math:`x \leftarrow x + v` has no minus sign:
-# :math:`v` contains the sign.
+# with the slope :math:`g = L'(x)` and the curvature :math:`C = L''(x)`. The slope of the parabola
+# is zero at the **Newton step**, :math:`v = -g / C`. Take the loss :math:`L(x) = 1 - \exp(-x^2 /
+# 2)`, with the minimum at 0:
 
 import torch
 from torch.func import grad
@@ -46,8 +49,9 @@ def newton_step(x, lam=0.0):
 
 
 # %%
-# Where does the step land from three different points? Each panel shows the loss (solid), the
-# parabola (dashed) that touches the loss at the start (circle), and the end of the step (cross).
+# Where does the step land from three different points? In each panel, the solid line is the loss,
+# and the dashed line is the parabola. The circle is the start, and the cross is the end of the
+# step.
 
 # Draw the loss, the parabola that touches it, and the step.
 import matplotlib.pyplot as plt
@@ -92,9 +96,9 @@ for start in (good, far, lying):
 
 # %%
 # From 0.4, the parabola is a good model, and the step lands near the minimum. From 0.8, the
-# parabola is too flat: the step **overshoots**, and the loss rises. From 1.5, the curvature is
-# negative, and the model **lies**: the parabola has only a maximum, and the step climbs to the
-# maximum.
+# curvature of the parabola is too small: the step **overshoots**, and the loss rises. From 1.5, the
+# curvature is negative, and the model **misleads**: the parabola has a maximum and no minimum, and
+# the step climbs towards the maximum.
 
 # Check the three steps.
 assert abs(good + newton_step(good)) < 0.1
@@ -106,9 +110,10 @@ assert lying + newton_step(lying) > lying  # away from the minimum at 0
 # Step size and damping
 # ---------------------
 #
-# Two remedies exist. The **step size** :math:`\gamma` goes a part of the way, :math:`x + \gamma v`.
-# The **damping** :math:`\lambda` puts a price on long steps: it adds :math:`\tfrac{1}{2} \lambda
-# v^2` to the model, and the curvature becomes :math:`C + \lambda`. Which remedy mends which step?
+# Two numbers can mend a bad step. With a **step size** :math:`\gamma` below 1, the update :math:`x
+# + \gamma v` goes a part of the way. The **damping** :math:`\lambda` makes long steps expensive:
+# the model gains the term :math:`\tfrac{1}{2} \lambda v^2`, and the curvature becomes :math:`C +
+# \lambda`. Three attempts:
 
 # Draw three attempts to mend the step.
 fig, axes = plt.subplots(1, 3, figsize=(5, 2.5), sharey=True)
@@ -134,11 +139,13 @@ assert loss(lying + 0.5 * newton_step(lying)) > loss(lying)
 assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 
 # %%
-# A smaller :math:`\gamma` mends the overshoot, but half a step uphill still climbs. A damping
-# :math:`\lambda > -C` turns the parabola over, and the step points downhill.
+# A smaller :math:`\gamma` mends the overshoot from 0.8. From 1.5, half the step still climbs. A
+# damping :math:`\lambda > -C` makes :math:`C + \lambda` positive, and the step points downhill.
 #
-# How much damping is enough? The right panel shows the loss after the step from :math:`x = 1.5`,
-# for every :math:`\lambda`. On the site, move the sliders; elsewhere, change the next line.
+# How much damping is enough? In the next figure, the left panel shows one step from :math:`x =
+# 1.5`, and the right panel shows the loss after the step, for each :math:`\lambda`. The thin line
+# is the loss before the step. On this site, move the sliders; in a notebook or a script, change the
+# next line.
 
 x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
 
@@ -168,9 +175,10 @@ settings = {"x": x.item(), "lambda": lam, "gamma": gamma}
 _ = explorable(fig, "parabola", settings)
 
 # %%
-# In the shaded part, :math:`\lambda < -C`, the step climbs. Just to the right, the parabola is
-# almost flat, and the step overshoots by far. From :math:`\lambda = 0.57` on, the step lowers the
-# loss; at 0.73 the loss is lowest. More damping only shortens the step.
+# In the shaded part, :math:`\lambda < -C`, the step climbs. Just to the right of the shaded part,
+# :math:`C + \lambda` is almost zero, and the step overshoots by far. From :math:`\lambda = 0.57`
+# on, the step lowers the loss. The loss after the step is lowest at :math:`\lambda = 0.73`. More
+# damping only shortens the step.
 
 # Check the loss after the step.
 C = grad(grad(loss))(lying)
@@ -194,12 +202,12 @@ assert (after[dampings > best].diff() > 0).all() and after[-1] < loss(lying)
 #     q(v) = L(x) + g^\top v + \tfrac{1}{2}\, v^\top (C + \lambda I)\, v .
 #
 # The gradient of the model, :math:`g + (C + \lambda I)\, v`, vanishes if :math:`v` solves the
-# system at the top of this page. If all eigenvalues of :math:`C + \lambda I` are positive, then
-# :math:`v` is the minimum of the model and points downhill: :math:`g^\top v = -v^\top (C + \lambda
-# I)\, v < 0`.
+# system at the top of this page. If all eigenvalues of :math:`C + \lambda I` are positive, then the
+# model is lowest at :math:`v`, and :math:`v` points downhill: :math:`g^\top v = -v^\top (C +
+# \lambda I)\, v < 0`.
 #
-# What does the system buy? Take :math:`L(x) = \tfrac{1}{2} (x_1^2 + 20\, x_2^2)`, a valley. The
-# second parameter curves 20 times as much as the first.
+# Take a valley, :math:`L(x) = \tfrac{1}{2} (x_1^2 + 20\, x_2^2)`. The curvature along :math:`x_2`
+# is 20 times the curvature along :math:`x_1`.
 
 C = torch.diag(torch.tensor([1.0, 20.0]))
 start = torch.tensor([10.0, 1.0])
@@ -211,7 +219,7 @@ while descent[-1].norm() > 0.01 * start.norm():
 descent = torch.stack(descent)
 newton = start + torch.linalg.solve(C, -(C @ start))  # its gradient is C x
 
-print("steps to 1 % of the distance:")
+print("steps to 1 % of the distance at the start:")
 print(f"gradient descent {len(descent) - 1}, Newton 1")
 assert len(descent) - 1 == 47
 assert newton.norm() < 1e-6
@@ -242,15 +250,17 @@ _ = describe(
 )
 
 # %%
-# Gradient descent bounces between the steep walls. Newton divides each direction by its own
-# curvature: along an eigenvector of :math:`C` with the eigenvalue :math:`\mu`, the step is
-# :math:`-g_\mu / (\mu + \lambda)`, where :math:`g_\mu` is the component of :math:`g`. A direction
-# with :math:`\mu \gg \lambda` takes the Newton step. A direction with :math:`\mu \ll \lambda` takes
-# a gradient step, :math:`-g_\mu / \lambda`.
+# Gradient descent bounces between the steep walls. Newton's method divides each component of the
+# gradient by its own curvature. Let :math:`g_\mu` be the component of :math:`g` along an
+# eigenvector of :math:`C` with the eigenvalue :math:`\mu`. In this direction, the damped step is
+# :math:`-g_\mu / (\mu + \lambda)`. If :math:`\mu \gg \lambda`, this is nearly the Newton step,
+# :math:`-g_\mu / \mu`. If :math:`\mu \ll \lambda`, this is nearly a gradient step, :math:`-g_\mu /
+# \lambda`.
 #
-# Which directions does one damping hold back? The lower panel shows which part of the way to the
-# minimum the step goes in each direction, for every :math:`\lambda`. On the site, move the sliders;
-# elsewhere, change the next line.
+# In which directions does a damping shorten the step? In the next figure, the upper panel shows one
+# damped step, and the ends of all damped steps as a curve. The lower panel shows, for each
+# :math:`\lambda` and each direction, which part of the way to the minimum the step goes. On this
+# site, move the sliders; in a notebook or a script, change the next line.
 
 lam, gamma = 1.0, 1.0
 
@@ -297,16 +307,17 @@ settings |= {"start": start.tolist(), "mu": curvatures.tolist()}
 _ = explorable(fig, "valley", settings)
 
 # %%
-# Each direction has a threshold: at :math:`\lambda = \mu`, the step goes half the way. A damping
-# between the two curvatures holds back the flat direction and spares the steep one. The step size
-# :math:`\gamma` shortens both directions alike.
+# At :math:`\lambda = \mu` and :math:`\gamma = 1`, the step goes half the way. A damping between the
+# two curvatures shortens the step along the flat direction, and hardly along the steep one. The
+# step size :math:`\gamma` shortens both directions alike.
 #
 # Null directions
 # ---------------
 #
-# What if a direction has no curvature at all? Take one image, two classes, and the two outputs
-# themselves as parameters. The softmax turns outputs into probabilities, and adding the same number
-# to both outputs changes no probability. So the loss is constant along :math:`u = (1, 1)`.
+# What happens along a *null direction* :math:`u`, a direction without curvature, :math:`C u = 0`?
+# The smallest example has one image and two classes, and the two outputs are the parameters. The
+# softmax turns the outputs into probabilities. If the same number is added to both outputs, the
+# probabilities stay as they are. So the loss is constant along :math:`u = (1, 1)`.
 
 from torch.func import jacrev
 from torch.nn.functional import cross_entropy
@@ -355,20 +366,22 @@ v = torch.linalg.solve(damped, -g2)
 assert abs(u @ v) < 1e-6
 
 # %%
-# Undamped, the model is a trough: every point of the dashed line is a minimum. With damping, a
-# single minimum is left, straight across the trough. To see why, multiply :math:`(C + \lambda I)\,
-# v = -g` by :math:`u^\top`. Since :math:`C u = 0` and :math:`g^\top u = 0`, what remains is
-# :math:`\lambda\, u^\top v = 0`: the damped step does not move along a null direction.
+# Without damping (left), the model is a trough, and each point of the dashed line is a minimum.
+# With damping (right), a single minimum is left, and the step to this minimum is at a right angle
+# to the trough. To see why, multiply :math:`(C + \lambda I)\, v = -g` by :math:`u^\top`. Since
+# :math:`u^\top C = 0` and :math:`g^\top u = 0`, the rest is :math:`\lambda\, u^\top v = 0`: the
+# damped step has no component along a null direction.
 #
 # Hessian
 # -------
 #
-# Which matrix is :math:`C` for a network? The first answer is the **Hessian**,
-# :math:`H = \nabla^2 L(x)`, all second derivatives of the loss. With :math:`C = H`, the model
-# :math:`q` agrees with the loss to second order.
+# Which matrix is :math:`C` for a network? The first answer is the **Hessian**, :math:`H = \nabla^2
+# L(x)`, the matrix of all second derivatives of the loss. With :math:`C = H` and :math:`\lambda =
+# 0`, the model :math:`q` agrees with the loss to second order.
 #
-# Take a network whose matrices fit on a page: three layers and 113 parameters, for the digits 0, 1
-# and 2, shrunk to 3 × 3 pixels. One vector holds all parameters.
+# Take a network so small that a figure can show its matrices. The network has three layers and 113
+# parameters, and the data are 100 images of the digits 0, 1 and 2, shrunk to 3 × 3 pixels. The
+# vector :math:`x` holds all parameters.
 
 from torch.nn.utils import parameters_to_vector
 
@@ -395,12 +408,12 @@ print(f"{len(H)} eigenvalues, from {smallest:.3f} to {largest:.3f}")
 assert len(H) == 113 and smallest < 0
 
 # %%
-# The Hessian has negative eigenvalues: the model may lie.
+# The Hessian has negative eigenvalues, so that the model may mislead.
 #
 # Generalized Gauss-Newton
 # ------------------------
 #
-# The loss is a composition: parameters give outputs :math:`z(x)`, outputs give the loss
+# The loss is a composition: the parameters give outputs :math:`z(x)`, and the outputs give the loss
 # :math:`\ell(z)`. Let :math:`J = \partial z / \partial x` be the Jacobian of the outputs and
 # :math:`H_L = \nabla_z^2 \ell` the Hessian of the loss with respect to the outputs. The chain rule,
 # applied twice, gives
@@ -415,15 +428,16 @@ assert len(H) == 113 and smallest < 0
 #     \end{aligned}
 #
 # where :math:`k` counts the outputs of all images. The **generalized Gauss-Newton** matrix
-# :math:`G` (GGN) keeps the first term and drops the *residual* :math:`R`, with the curvature of the
-# network itself. If the loss is convex in the *outputs*, as cross-entropy and squared error are,
-# then no eigenvalue of the GGN is negative: :math:`v^\top J^\top H_L\, J\, v = (J v)^\top H_L\, (J
-# v) \ge 0`. Such a matrix is called positive semi-definite. (A loss that is not convex in the
-# outputs, such as :math:`\ln(1 + z^2)`, may give the GGN negative eigenvalues.) See `Schraudolph,
-# "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent" (2002)
-# <https://doi.org/10.1162/08997660260028683>`__.
+# :math:`G` (GGN; `Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient
+# Descent" (2002) <https://doi.org/10.1162/08997660260028683>`__) keeps the first term. The GGN
+# drops the *residual* :math:`R`, which contains the second derivatives of the network itself.
 #
-# The three factors for one image, not to scale:
+# Cross-entropy and squared error are convex in the *outputs*. For such losses, no eigenvalue of the
+# GGN is negative, as :math:`v^\top G\, v = (J v)^\top H_L\, (J v) \ge 0`: the GGN is *positive
+# semi-definite*. If a loss is not convex in the outputs, as :math:`\ln(1 + z^2)`, then the GGN may
+# have negative eigenvalues.
+#
+# The figure shows the three factors for one image, not to scale:
 
 # Draw the GGN as the product of its three factors.
 from matplotlib.patches import Rectangle
@@ -457,7 +471,7 @@ _ = describe(
 )
 
 # %%
-# The parameters act on the loss only through the few outputs.
+# For all 100 images:
 
 z = outputs(x_init)
 J = jacrev(outputs)(x_init).flatten(0, 1)  # [100 images · 3 outputs, 113]
@@ -465,16 +479,18 @@ H_L = jacrev(grad(loss_of_outputs))(z).reshape(len(J), len(J))
 G = J.T @ H_L @ J
 
 smallest = torch.linalg.eigvalsh(G)[0]
-print(f"the residual has {(H - G).norm() / H.norm():.0%} of H's norm")
+print(f"norm of the residual: {(H - G).norm() / H.norm():.0%} of H's")
 print(f"smallest eigenvalue of the GGN: {smallest:.1e}")
 assert smallest > -1e-14
 bent = grad(grad(lambda z: torch.log(1 + z**2)))  # a loss that is not convex
 assert bent(torch.tensor(2.0)) < 0
 
 # %%
-# Up to rounding, the smallest eigenvalue is zero. The GGN has null directions: adding 1 to all last
-# biases shifts all outputs alike, and the softmax does not notice. A small batch leaves more of
-# them: for N images of K classes, the rank is at most N (K − 1), for 64 images of ten classes 576.
+# Up to rounding, the smallest eigenvalue of the GGN is zero: the GGN has null directions. For
+# instance, adding 1 to all biases of the last layer adds 1 to all outputs, and the softmax stays
+# the same. A small batch leaves more null directions. If the loss is cross-entropy, N images of K
+# classes give the GGN a rank of at most N (K − 1), and 64 images of ten classes a rank of at most
+# 576. Let :math:`u` change the last biases alone:
 
 u = torch.zeros_like(x_init)
 u[-3:] = 1  # the last bias
@@ -497,16 +513,21 @@ assert abs(u @ v) < 1e-12
 assert rank <= 5 * 2
 
 # %%
-# The positive-curvature Hessian (PCH) repairs the residual instead of dropping it. `Page A
-# <plot_a_positive_curvature.html>`__ derives the PCH, and relates the GGN to the Fisher matrix.
+# The *positive-curvature Hessian* (PCH) changes the residual so that no eigenvalue is negative.
+# `Page A <plot_a_positive_curvature.html>`__ derives the PCH, and relates the GGN to the Fisher
+# matrix.
 #
 # Block-diagonal
 # --------------
 #
-# A **block** is the square part of the matrix that belongs to one parameter tensor, a weight or a
-# bias. A block-diagonal curvature keeps the blocks and drops the rest. The blocks of a positive
-# semi-definite matrix are positive semi-definite: choose :math:`v` zero outside the block. How much
-# of the matrix do the blocks (outlined) hold? Each row and column is one parameter.
+# Smaller systems are easier to solve. A **block** is the square part of the matrix that belongs to
+# some of the parameters, here to one tensor, a weight or a bias. A block-diagonal curvature keeps
+# the blocks and drops the rest, so that each block has a system of its own. Along a :math:`v` that
+# is zero outside a block, the matrix and the block have the same curvature. So the blocks of a
+# positive semi-definite matrix are positive semi-definite.
+#
+# How much of the matrix do the blocks hold? The next figure outlines the blocks. Each row and each
+# column belongs to one parameter.
 
 # Draw both matrices, with the blocks outlined.
 from matplotlib.colors import SymLogNorm
@@ -526,9 +547,7 @@ for ax, title, matrix in zip(axes, ("Hessian", "GGN"), (H, G), strict=True):
     ax.set_title(title, size=10)
     ax.set(xticks=centres[::2], yticks=centres[::2])
     ax.set(xticklabels=names[::2], yticklabels=names[::2])
-fig.colorbar(
-    image, ax=axes, label="second derivative", location="bottom", shrink=0.8
-)
+fig.colorbar(image, ax=axes, label="entry", location="bottom", shrink=0.8)
 _ = describe(
     fig,
     "Two symmetric 113 by 113 matrices with six outlined squares on the"
@@ -548,38 +567,39 @@ def blocks_of(matrix):
 for name, matrix in (("Hessian", H), ("GGN", G)):
     inside = torch.block_diag(*blocks_of(matrix)).norm() / matrix.norm()
     share = inside.item() ** 2
-    print(f"{name}: {share:.0%} inside the blocks")
+    print(f"{name}: {share:.0%} of the squared norm in the blocks")
     assert 0.4 < share < 0.6
     assert (matrix.abs() == matrix.abs().max()).nonzero().min() >= edges[4]
 
 # %%
-# The last layer curves most. A block-diagonal curvature drops about half of the squared entries.
-# The stripes that only the Hessian has belong to the residual.
+# The largest entry belongs to the last layer. A block-diagonal curvature drops about half of the
+# squared norm. The Hessian has stripes that the GGN lacks: the stripes are part of the residual.
 #
 # Products without matrices
 # -------------------------
 #
-# The network of page 3 has 21,840 parameters. How large is its matrix, and the matrix of a billion
-# parameters?
+# The network of page 3 has 21,840 parameters. How much memory does its matrix take, and how much
+# the matrix of a billion parameters?
 
 from cgn_tutorial.pages import make_model
 
 model = make_model()
 for n in sum(p.numel() for p in model.parameters()), 10**9:
-    print(f"{n:,} parameters: vector {4 * n / 1e9:.2g} GB,")
-    print(f"    matrix {4 * n**2 / 1e9:.2g} GB")
+    print(f"{n:,} parameters: vector {4 * n / 1e6:,.2g} MB,")
+    print(f"    matrix {4 * n**2 / 1e9:,.1f} GB")
 
 # %%
-# Nobody stores the second matrix. Yet some solvers only need the **product** of the matrix with a
-# vector. The Hessian is the Jacobian of the gradient: a backward pass through the gradient gives
-# :math:`H v` (`Pearlmutter, "Fast Exact Multiplication by the Hessian" (1994)
-# <https://doi.org/10.1162/neco.1994.6.1.147>`__, differentiates forwards along :math:`v`). The
-# product with the GGN follows the picture from right to left: :math:`J v`, then
-# :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`.
+# No machine stores four billion gigabytes. Yet some solvers need only the **product** of the matrix
+# with a vector. The Hessian is symmetric, and is the Jacobian of the gradient. So a backward pass
+# through the gradient, from :math:`v`, gives :math:`H v`. (`Pearlmutter, "Fast Exact Multiplication
+# by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__, differentiates forwards
+# along :math:`v`.) The product with the GGN applies the three factors one by one, from right to
+# left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`.
 #
-# PyTorch's ``vjp`` returns a function's value and the product :math:`u \mapsto J^\top u`. This
-# product is a linear function with the Jacobian :math:`J^\top`, and its own ``vjp`` multiplies by
-# :math:`J` (Jamie Townsend, "A new trick for calculating Jacobian vector products", 2017).
+# PyTorch's ``vjp`` returns the value of a function, and a second function, ``Jt``: :math:`u \mapsto
+# J^\top u`. The function ``Jt`` is linear, with the matrix :math:`J^\top`. So the ``vjp`` of ``Jt``
+# multiplies by the transpose of :math:`J^\top`, which is :math:`J` (Jamie Townsend, "A new trick
+# for calculating Jacobian vector products", 2017). Two ``vjp`` give :math:`J v`:
 
 from torch.func import vjp
 
@@ -600,11 +620,11 @@ Hv = hessian_product(loss, x_init, v)
 Gv = ggn_product(outputs, loss_of_outputs, x_init, v)
 for name, product, dense in (("H v", Hv, H @ v), ("G v", Gv, G @ v)):
     error = ((product - dense).norm() / dense.norm()).item()
-    print(f"{name}: relative difference {error:.1e}")
+    print(f"{name}: difference to the dense product {error:.1e}")
     assert error < 1e-12
 
 # %%
-# What does one product cost, in gradients, with 21,840 parameters and a batch of 64 images?
+# How long does one product take, in gradients, with 21,840 parameters and a batch of 64 images?
 
 # What to time: a gradient and three products.
 import statistics
@@ -647,37 +667,39 @@ for name, median in medians.items():
     print(f"{name:23}: {median / medians['gradient']:.1f} gradients")
 
 # %%
-# A product costs a few gradients, however many parameters the network has: so training with
-# curvature is possible (`Martens, "Deep learning via Hessian-free optimization" (2010)
-# <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__). The last product keeps the
-# graph of one forward pass for all products of a step; `page 5
+# A product costs a few gradients. The number of passes through the network is the same for each
+# size of the network: so training with curvature is possible (`Martens, "Deep learning via
+# Hessian-free optimization" (2010)
+# <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__). In the last line, all
+# products of a step share the graph of one forward pass; `page 5
 # <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows how.
 #
-# What is missing is a solver that asks for nothing but products: `page 2
-# <plot_2_conjugate_gradients.html>`__.
+# `Page 2 <plot_2_conjugate_gradients.html>`__ builds a solver that needs products alone.
 #
 # Check yourself
 # --------------
 #
 # .. fold:: A parameter has the gradient 0.2 and the curvature −0.1. Which dampings make its step
-#     point downhill, and how long is the step at a damping of 0.5?
+#     point downhill, and what is the step at a damping of 0.5?
 #
-#    All dampings above 0.1 do: :math:`C + \lambda` is then positive. At 0.5 the step is
-#    :math:`v = -0.2 / (-0.1 + 0.5) = -0.5`.
+#    All dampings above 0.1: then :math:`C + \lambda` is positive. At 0.5 the step is :math:`v =
+#    -0.2 / (-0.1 + 0.5) = -0.5`.
 #
-# .. fold:: A network has a million parameters and ten outputs, and a batch has 64 images. What is
-#     the largest rank that the GGN can have? Does the Hessian obey the same limit?
+# .. fold:: A network has a million parameters and ten outputs, a batch has 64 images, and the loss
+#     is cross-entropy. What is the largest rank that the GGN can have? Does the Hessian obey the
+#     same limit?
 #
 #    The rank of the GGN is at most :math:`64 \cdot 9 = 576`: the null direction of the softmax
-#    takes away one of the ten outputs. The Hessian obeys no such limit: the residual :math:`R` may
+#    takes away one of the ten outputs. The Hessian has no such limit: the residual :math:`R` may
 #    have any rank.
 #
 # .. fold:: Exercise: in the line ``x, lam, gamma`` above the first sliders, set ``lam = 0.45``.
-#     Does the step lower the loss? Halve ``gamma`` until the step does. Which ``gamma`` is enough?
+#     Does the step lower the loss? Halve ``gamma`` until the step lowers the loss. Which ``gamma``
+#     is enough?
 #
-#    The damping 0.45 exceeds :math:`-C = 0.41`, and the step points downhill. The parabola is
-#    almost flat, and the whole step overshoots: the loss rises. A ``gamma`` of 0.5 is still too
-#    large, and 0.25 is enough.
+#    The damping 0.45 exceeds :math:`-C = 0.41`, and the step points downhill. But :math:`C +
+#    \lambda` is almost zero, and the whole step overshoots: the loss rises. A ``gamma`` of 0.5 is
+#    still too large, and 0.25 is enough.
 
 # Check the answers.
 assert abs(-0.2 / (-0.1 + 0.5) + 0.5) < 1e-12

@@ -2,46 +2,46 @@ r"""
 2. Conjugate gradients from scratch
 ===================================
 
-A Newton step (`page 1 <plot_1_newton_step.html>`__) is the solution of a
-linear system :math:`A x = b`. The matrix is the damped curvature
-:math:`A = C + \lambda I`, the right-hand side the negative gradient
-:math:`b = -g`. On this page :math:`x` is the step, which page 1 calls
-:math:`v`. No memory holds :math:`A`, but a product with :math:`A` costs only a
-few gradients.
+A Newton step (`page 1 <plot_1_newton_step.html>`__) is the solution of a linear
+system :math:`A x = b`. The matrix is the damped curvature, :math:`A = C +
+\lambda I`. The right-hand side is the negative gradient, :math:`b = -g`. On
+this page, :math:`x` is the step, which page 1 calls :math:`v`. The matrix is
+too large to store, but a product with :math:`A` costs only a few gradients.
 
-Conjugate gradients (CG) solve the system from such products alone. How does CG
-work, when should CG stop, and what happens at negative curvature? The method
-is due to Hestenes and Stiefel, `Methods of Conjugate Gradients for Solving
+The method of conjugate gradients (CG) solves the system by such products alone.
+How does CG work, when should CG stop, and what happens at negative curvature?
+CG is due to Hestenes and Stiefel, `Methods of Conjugate Gradients for Solving
 Linear Systems (1952) <https://doi.org/10.6028/jres.049.044>`__; the classic
 explanation is Shewchuk's `An Introduction to the Conjugate Gradient Method
 Without the Agonizing Pain (1994)
 <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__.
 
-*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the
-package as the `front page <../index.html#run-it-yourself>`__ says.
+*About 25 minutes to read, and one to run.* To run this page, ``pip install``
+the package as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
 # A quadratic to minimise
 # -----------------------
 #
-# Let :math:`A` be symmetric positive definite. Then solving :math:`A x = b`
-# and minimising the quadratic model
+# Let :math:`A` be symmetric positive definite. Then solving :math:`A x = b` and
+# minimising the quadratic model
 #
 # .. math:: \phi(x) = \tfrac{1}{2} x^\top A x - b^\top x
 #
 # are the same task: the gradient of the model is :math:`A x - b`. The residual
-# :math:`r = b - A x` is the negative gradient, and points downhill.
+# :math:`r = b - A x` is the negative gradient of the model, and points
+# downhill.
 #
 # Along any direction :math:`p` from :math:`x`, the model is a parabola. At
-# :math:`x + \alpha p` the slope is :math:`\alpha\, p^\top A p - p^\top r`, and
-# the parabola is lowest at
+# :math:`x + \alpha p`, the slope along :math:`p` is :math:`\alpha\, p^\top A p
+# - p^\top r`, and the parabola is lowest at
 #
 # .. math:: \alpha = \frac{p^\top r}{p^\top A p}.
 #
-# Both methods below repeat this step, and differ in :math:`p`. **Gradient
-# descent** takes :math:`p = r`. **Conjugate gradients** add a multiple
-# :math:`\beta` of the last direction to :math:`r`.
+# Two methods repeat this step, with different directions. **Gradient descent**
+# takes :math:`p = r`. **Conjugate gradients** take :math:`r` plus :math:`\beta`
+# times the last direction.
 
 import torch
 
@@ -62,9 +62,9 @@ def descend(A, b, steps, conjugate):
 # Directions that do not undo each other
 # --------------------------------------
 #
-# After a step along :math:`p`, the model is lowest in that direction:
-# :math:`p^\top r = 0`. A later step along :math:`p_+` changes the residual by
-# a multiple of :math:`A p_+`, and leaves the earlier work intact exactly if
+# After a step along :math:`p`, the slope along :math:`p` is zero: :math:`p^\top
+# r = 0`. A later step along :math:`p_+` changes the residual by a multiple of
+# :math:`A p_+`. The slope along :math:`p` stays zero exactly if
 #
 # .. math:: p^\top A p_+ = 0.
 #
@@ -73,7 +73,7 @@ def descend(A, b, steps, conjugate):
 #
 # .. math:: \beta = -\frac{r^\top A p}{p^\top A p}.
 #
-# What does :math:`\beta` change for two unknowns?
+# What difference does :math:`\beta` make with two unknowns?
 
 A = torch.tensor([[2.0, -1.8], [-1.8, 2.5]]).double()
 b = torch.tensor([0.9, -0.1]).double()
@@ -83,16 +83,16 @@ gradient_descent = descend(A, b, steps=10, conjugate=False)
 conjugate = descend(A, b, steps=2, conjugate=True)
 
 missing = (gradient_descent[-1] - solution).norm() / solution.norm()
-print(f"gradient descent, 10 steps: {missing:.0%} left")
+print(f"gradient descent, 10 steps: {missing:.0%} of the way left")
 assert missing > 0.05
 torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 
 # %%
-# Two conjugate steps arrive, up to rounding. The left panel shows both paths
-# over the contours of the model, the right panel in the coordinates :math:`y =
-# S^\top x` with :math:`A = S S^\top`. In :math:`y`, the contours are circles,
-# and :math:`p^\top A p_+` is the ordinary inner product: conjugate directions
-# meet at a right angle.
+# Two steps of CG reach the solution, up to rounding. In the next figure, the
+# left panel shows both paths over the contours of the model. The right panel
+# shows the paths in the coordinates :math:`y = S^\top x`, with :math:`A = S
+# S^\top`. In :math:`y`, the contours are circles, and :math:`p^\top A p_+` is
+# the ordinary inner product: conjugate directions meet at a right angle.
 
 # Draw the contours of the quadratic model.
 from matplotlib import pyplot as plt
@@ -131,24 +131,26 @@ _ = describe(
 
 # %%
 
-# Check the angles: conjugate, and parallel.
+# Check the angles between the steps.
 first, second = conjugate.diff(dim=0)
 assert abs(first @ A @ second) < 1e-12 * first.norm() * second.norm()
 one, _, three = gradient_descent.diff(dim=0)[:3]
 torch.testing.assert_close(three / three.norm(), one / one.norm())
 
 # %%
-# Gradient descent turns at a right angle in the left panel. So its third step
-# is parallel to its first step, and repairs what the second step undid. The
-# conjugate path turns at a right angle in the right panel. There, the first
-# step ends where it touches a circle. The radius is at a right angle to this
-# tangent: so the second step leads to the centre.
+# Gradient descent turns at a right angle in the left panel. So the third step
+# is parallel to the first step, and repairs what the second step undid. CG
+# turns at a right angle in the right panel. There, the first step ends where
+# the step touches a circle. The second step is at a right angle to the first,
+# and so leads to the centre of the circles.
 #
-# What if the valley is longer, and the start another one? Let :math:`\kappa`
-# be the ratio of the two eigenvalues of :math:`A`. From which start does
-# gradient descent arrive at once, and from which start is gradient descent
-# slowest? On the site, drag the start, and move :math:`\kappa` and the steps;
-# elsewhere, change the next two lines.
+# What if the valley is longer, and the start is another one? Let :math:`\kappa`
+# be the larger eigenvalue of :math:`A` over the smaller one. From which start
+# does gradient descent arrive at once, and from which start is gradient descent
+# slowest? On this site, drag the start, and move the sliders of :math:`\kappa`
+# and of the number of steps; in a notebook or a script, change the next two
+# lines. In the next figure, the right panel shows the distance to the solution,
+# as a part of the distance at the start.
 
 kappa, steps = 10.0, 10
 x_0 = torch.tensor([0.0, 0.0]).double()
@@ -206,17 +208,17 @@ settings |= {"solution": solution.tolist(), "flat": flat.tolist()}
 _ = explorable(fig, "paths", settings)
 
 # %%
-# From a start on an axis of the ellipses, :math:`r` points at the solution:
-# one step is enough. The slowest start is :math:`\kappa` times as far along
-# the long axis as along the short axis. From there, each step of gradient
-# descent leaves the part :math:`(\kappa - 1) / (\kappa + 1)` of the way.
-# Conjugate gradients take at most two steps, from any start, for any
-# :math:`\kappa`.
+# If the start lies on an axis of the ellipses, :math:`r` points at the
+# solution, and one step is enough. Gradient descent is slowest from a start
+# that is :math:`\kappa` times as far from the solution along the long axis as
+# along the short axis. From there, each step of gradient descent multiplies the
+# distance to the solution by :math:`(\kappa - 1) / (\kappa + 1)`. CG takes at
+# most two steps, from any start, for any :math:`\kappa`.
 #
-# Does CG work for more than two unknowns, if each direction is made conjugate
-# to the last direction only? Take a random system with twelve unknowns and all
-# twelve steps. The pictures show the cosine between any two steps, in the
-# inner product :math:`u^\top A v`.
+# CG makes each direction conjugate to the last direction only. Is this enough
+# for more than two unknowns? Take a random system with twelve unknowns, and
+# twelve steps. The next figure shows the size of the cosine between any two
+# steps, in the inner product :math:`u^\top A v`.
 
 torch.manual_seed(0)
 n = 12
@@ -236,7 +238,7 @@ cosines_gd = cosines(descend(A_12, b_12, n, conjugate=False), A_12)
 cosines_cg = cosines(descend(A_12, b_12, n, conjugate=True), A_12)
 off_diagonal = cosines_cg - torch.eye(n)
 largest = off_diagonal.abs().max()
-print(f"conjugate steps: largest cosine {largest:.0e}")
+print(f"largest cosine between two steps of CG: {largest:.0e}")
 assert largest < 1e-10
 assert cosines_gd[:-2, 2:].diagonal().min() > 0.5
 
@@ -259,9 +261,9 @@ _ = describe(
 )
 
 # %%
-# Gradient descent repeats itself: each step has a cosine above one half with
-# the step two before. Each conjugate step settles one direction for good, and
-# twelve steps solve for twelve unknowns.
+# Gradient descent repeats its steps: the cosine between a step and the second
+# next step is above one half. Each step of CG settles one direction for good,
+# and twelve steps solve for twelve unknowns.
 #
 # The algorithm
 # -------------
@@ -270,9 +272,9 @@ _ = describe(
 # start from :math:`x_0 = 0`, so that :math:`r_0 = p_0 = b`. Three observations
 # make the method cheap:
 #
-# - **One product a step is enough.** Since :math:`x_{k+1} = x_k + \alpha_k p_k`, the
-#   next residual is :math:`r_{k+1} = r_k - \alpha_k A p_k`.
-# - **Residuals are orthogonal**, each to all others.
+# - **One product a step is enough.** Since :math:`x_{k+1} = x_k + \alpha_k
+#   p_k`, the next residual is :math:`r_{k+1} = r_k - \alpha_k A p_k`.
+# - **Each residual is orthogonal** to all other residuals.
 # - **One earlier direction is enough.** If :math:`p_{k+1}` is conjugate to
 #   :math:`p_k`, then :math:`p_{k+1}` is conjugate to all earlier directions.
 #
@@ -283,23 +285,26 @@ _ = describe(
 #    \alpha_k = \frac{r_k^\top r_k}{p_k^\top A p_k}, \qquad
 #    \beta_k = \frac{r_{k+1}^\top r_{k+1}}{r_k^\top r_k} .
 #
-# .. fold:: Why are the residuals orthogonal? Why is one earlier direction enough?
+# .. fold:: Why are the residuals orthogonal? Why is one earlier direction
+#     enough?
 #
-#    Suppose that the directions up to :math:`p_k` are conjugate. Then no step spoils an
-#    earlier step, and :math:`r_{k+1}` is orthogonal to :math:`p_0, \ldots, p_k`. Each
-#    earlier residual is a combination of these directions, :math:`r_i = p_i -
-#    \beta_{i-1}\, p_{i-1}`. So :math:`r_{k+1}` is orthogonal to all earlier residuals.
-#    In the step length, :math:`p_k^\top r_k = (r_k + \beta_{k-1}\, p_{k-1})^\top r_k =
-#    r_k^\top r_k`.
+#    Suppose that the directions up to :math:`p_k` are conjugate. Then the
+#    slopes along all earlier directions stay zero: :math:`r_{k+1}` is
+#    orthogonal to :math:`p_0, \ldots, p_k`. Each earlier residual is a
+#    combination of these directions, :math:`r_i = p_i - \beta_{i-1}\, p_{i-1}`.
+#    So :math:`r_{k+1}` is orthogonal to all earlier residuals. The
+#    orthogonality also simplifies the step length: :math:`p_k^\top r_k = (r_k +
+#    \beta_{k-1}\, p_{k-1})^\top r_k = r_k^\top r_k`.
 #
-#    The next direction, :math:`p_{k+1} = r_{k+1} + \beta_k\, p_k`, must be conjugate to
-#    all earlier directions. By the first observation, :math:`A p_i = (r_i - r_{i+1}) /
-#    \alpha_i`. For :math:`i < k`, both residuals are orthogonal to :math:`r_{k+1}`, so
-#    that :math:`r_{k+1}^\top A p_i = 0`; and :math:`p_k^\top A p_i = 0`, as the earlier
-#    directions are conjugate. So :math:`p_{k+1}` is conjugate to :math:`p_i`, for any
-#    :math:`\beta_k`. Only :math:`p_k` is left. There, :math:`r_{k+1}^\top A p_k =
-#    -r_{k+1}^\top r_{k+1} / \alpha_k` and :math:`p_k^\top A p_k = r_k^\top r_k /
-#    \alpha_k`. Conjugacy asks for :math:`\beta_k = -(r_{k+1}^\top A p_k) / (p_k^\top A
+#    The next direction, :math:`p_{k+1} = r_{k+1} + \beta_k\, p_k`, must be
+#    conjugate to all earlier directions. By the first observation, :math:`A p_i
+#    = (r_i - r_{i+1}) / \alpha_i`. For :math:`i < k`, both residuals are
+#    orthogonal to :math:`r_{k+1}`: so :math:`r_{k+1}^\top A p_i = 0`. Also
+#    :math:`p_k^\top A p_i = 0`, since the earlier directions are conjugate. So
+#    :math:`p_{k+1}` is conjugate to :math:`p_i`, for any :math:`\beta_k`. The
+#    last case is :math:`i = k`, with :math:`r_{k+1}^\top A p_k = -r_{k+1}^\top
+#    r_{k+1} / \alpha_k` and :math:`p_k^\top A p_k = r_k^\top r_k / \alpha_k`.
+#    Conjugacy asks for :math:`\beta_k = -(r_{k+1}^\top A p_k) / (p_k^\top A
 #    p_k)`, the ratio above.
 #
 # The loop below is the whole method.
@@ -318,21 +323,21 @@ def textbook_cg(A, b, steps):
 
 
 # %%
-# **Memory.** Besides ``b``, CG holds four vectors, however many steps CG
-# takes: ``x``, ``r``, ``p`` and ``Ap``. How much is this for a network?
+# **Memory.** Besides ``b``, CG holds four vectors, for any number of steps:
+# ``x``, ``r``, ``p`` and ``Ap``. How much is this for a network?
 
 from cgn_tutorial.pages import make_model
 
 network = sum(p.numel() for p in make_model().parameters())
 for n_parameters in network, 10**9:
     size = 4 * 4 * n_parameters / 1e6  # four vectors of four-byte numbers
-    print(f"{n_parameters:,} parameters: {size:,.2f} MB")
+    print(f"{n_parameters:,} parameters: {size:,.1f} MB")
 
 # %%
 # The package's ``cg`` takes the same steps, for a matrix given as a function.
 # ``M`` is a `preconditioner
-# <plot_b_how_fast_how_exact.html#preconditioning>`__; without ``M``, ``z`` is
-# the residual ``r``.
+# <plot_b_how_fast_how_exact.html#preconditioning>`__, an option. By default,
+# ``M`` returns its argument, so that ``z`` is the residual ``r``.
 
 import inspect
 import math
@@ -342,12 +347,12 @@ from cgn_tutorial import cgn
 print(inspect.getsource(cgn._steps))
 
 # %%
-# Before ``cg`` accepts a step, ``cg`` asks: Is the residual small enough, or
-# the budget spent? Has `rounding <plot_b_how_fast_how_exact.html#rounding>`__
-# spoiled the residual? Is the curvature :math:`p^\top A p` positive? Are all
-# numbers finite?
+# Around this loop, ``cg`` checks each step. Is the residual small enough? Are
+# the allowed products used up? Has `rounding
+# <plot_b_how_fast_how_exact.html#rounding>`__ spoiled the residual? Is the
+# curvature :math:`p^\top A p` positive? Are all numbers finite?
 
-# Compare the iterates of all three loops.
+# Define solve, which keeps the iterates, and compare all three loops.
 from cgn_tutorial import cg
 
 
@@ -366,26 +371,29 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # How fast, with damping
 # ----------------------
 #
-# A network has millions of unknowns, and nobody waits for as many steps. Let
-# :math:`\kappa` be the condition number of :math:`A`, the largest eigenvalue
-# over the smallest. To divide the error by 1000, CG takes at most about
+# A network has millions of unknowns, far more than the steps that a solve can
+# afford. Let :math:`\kappa` be the condition number of :math:`A`, the largest
+# eigenvalue over the smallest. To divide the error by 1000, CG takes at most
+# about
 #
 # .. math:: \tfrac{1}{2} \sqrt{\kappa} \ln 2000
 #
-# steps; gradient descent may take :math:`\tfrac{1}{2} \kappa \ln 1000`. `Page B
-# <plot_b_how_fast_how_exact.html>`__ proves both bounds, and shows when CG is
-# faster than the bound.
+# steps; for gradient descent, the bound is :math:`\tfrac{1}{2} \kappa \ln
+# 1000`. `Page B <plot_b_how_fast_how_exact.html>`__ proves both bounds, and
+# shows when CG is faster than the bound.
 #
-# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie
-# between 0 and :math:`\mu_1`, then damping gives :math:`\kappa \le 1 + \mu_1 /
-# \lambda`. So with a tenth of the damping, the bound on the products is
-# :math:`\sqrt{10} \approx 3` times as large. How many products does a real
-# matrix take? Take the curvature of the tutorial's network with respect to the
-# 250 weights of its first layer, on a mini-batch of 64 images, after a short
-# training with Adam. BackPACK, a library, attaches two functions to the weight
-# tensor: ``ggnmp``, the product with the `GGN
-# <plot_1_newton_step.html#generalized-gauss-newton>`__, and ``hmp``, that with
-# the `Hessian <plot_1_newton_step.html#hessian>`__.
+# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie between
+# 0 and :math:`\mu_1`, then :math:`\kappa \le 1 + \mu_1 / \lambda`. So a tenth
+# of the damping makes the bound about :math:`\sqrt{10} \approx 3` times as
+# large.
+#
+# How many products does CG take for a network? Take the `GGN
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ of the tutorial's
+# network, for the 250 weights of the first layer and a batch of 64 images,
+# after a short training with Adam. The library BackPACK leaves two functions on
+# the weight: ``ggnmp`` multiplies by the GGN, and ``hmp`` by the `Hessian
+# <plot_1_newton_step.html#hessian>`__. The tolerance is 0.01: CG stops once the
+# residual is a hundredth of the gradient.
 
 # Train with Adam for 150 steps, and let BackPACK leave the products.
 import warnings
@@ -458,16 +466,18 @@ _ = describe(
 )
 
 # %%
-# Less damping costs products, and lengthens the step. If the damping falls to
-# a tenth, the products grow by a factor below :math:`\sqrt{10}`. Every solve
-# takes far fewer products than the 250 unknowns.
+# With less damping, CG takes more products, and the step is longer. If the
+# damping falls to a tenth, the products grow by a factor below
+# :math:`\sqrt{10}`. All four solves take far fewer products than there are
+# unknowns, 250.
 #
 # When to stop
 # ------------
 #
-# The model is only local, and a loose solve is enough: Dembo, Eisenstat and
-# Steihaug, `Inexact Newton Methods <https://doi.org/10.1137/0719025>`__ (1982),
-# show how loose. ``cg`` ends as soon as
+# The quadratic model is only local, so an exact solution is not worth its
+# price. Dembo, Eisenstat and Steihaug, `Inexact Newton Methods
+# <https://doi.org/10.1137/0719025>`__ (1982), show how large the residual may
+# be. ``cg`` ends as soon as
 #
 # .. math::
 #
@@ -476,13 +486,14 @@ _ = describe(
 #
 # or after ``maxiter`` products.
 #
-# - ``tol`` is the accuracy relative to the gradient: 0.1 asks for one digit,
-#   whatever the scale of the loss.
+# - ``tol`` bounds the residual relative to the gradient. With 0.1, the solve
+#   ends once the residual is a tenth of the gradient, for any scale of the
+#   loss.
 # - ``atol`` is the size, in the units of the gradient, below which a residual
 #   counts as zero. If the gradient itself is below ``atol``, the solve takes no
-#   product, and its step is zero.
-# - ``maxiter`` is the budget. The solve returns the last iterate within the
-#   budget.
+#   product, and the step is zero.
+# - ``maxiter`` is the largest number of products. A solve that uses them up
+#   returns its last iterate.
 
 # Check the three options.
 A = ggn[1e-4]
@@ -491,9 +502,9 @@ assert cg(A, 1e-9 * g, tol=0.1, atol=1e-8).solve.products == 0
 assert cg(A, -g, maxiter=4).solve.products == 4
 
 # %%
-# Is a loose solve any good? Two things count for an optimizer. The first is
-# whether the step points downhill. Every iterate of CG points downhill, as
-# long as all :math:`p_i^\top A p_i > 0`:
+# Is an inexact step good enough for an optimizer? First, the step must point
+# downhill. Every iterate of CG after :math:`x_0 = 0` points downhill, if all
+# :math:`p_i^\top A p_i > 0`:
 #
 # .. math::
 #
@@ -502,13 +513,15 @@ assert cg(A, -g, maxiter=4).solve.products == 4
 #
 # .. fold:: Why is this so?
 #
-#    The first observation gives :math:`b = r_k + \sum_{i<k} \alpha_i A p_i`. The
-#    direction :math:`p_k` is conjugate to each :math:`p_i` in the sum, so that
-#    :math:`b^\top p_k = r_k^\top p_k = \lVert r_k \rVert^2`. The iterate is :math:`x_k
-#    = \sum_{i<k} \alpha_i p_i`, and the product with :math:`b` is the sum above.
+#    The first observation gives :math:`b = r_k + \sum_{i<k} \alpha_i A p_i`.
+#    The direction :math:`p_k` is conjugate to each :math:`p_i` in the sum, so
+#    that :math:`b^\top p_k = r_k^\top p_k = \lVert r_k \rVert^2`. The iterate
+#    is :math:`x_k = \sum_{i<k} \alpha_i p_i`, and the product with :math:`b` is
+#    the sum above.
 #
-# The second is how much of the model's possible decrease the step reaps. How
-# small is the missing part if the residual is small?
+# Second, the step should reach most of the decrease that the quadratic model
+# allows. Which part is still missing, if CG stops at a residual of a tenth?
+# Take the smallest of the four dampings, and compare with a long solve:
 
 A, tol = ggn[1e-4], 0.1
 
@@ -552,27 +565,27 @@ _ = describe(
 )
 
 # %%
-# The residual rises now and then; the model value falls at every product. A
-# solve that stops at a tolerance of 0.1, the thin line, takes less than half
-# of the products of this long solve, and reaps more than nine tenths of the
-# decrease, even at :math:`\lambda = 0.0001`. Martens, `Deep learning via
-# Hessian-free optimization (2010)
+# The residual rises now and then; the model value falls at every product. The
+# thin line is a tolerance of 0.1. A solve that stops there takes less than half
+# of the products of the long solve, and reaches more than nine tenths of the
+# decrease. Martens, `Deep learning via Hessian-free optimization (2010)
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, stops by
 # the progress of the model value instead.
 #
 # Negative curvature
 # ------------------
 #
-# CG needs :math:`p^\top A p > 0` for every direction. The Hessian of a network
-# does not promise positive curvature. The smallest example has one direction
-# of each kind:
+# CG needs :math:`p^\top A p > 0` for every direction that CG takes. For the
+# Hessian of a network, :math:`p^\top A p` may be negative. The smallest example
+# has one direction of positive curvature and one of negative curvature:
 #
 # .. math::
 #
 #    A = \begin{bmatrix} 1 & 0 \\ 0 & -2 \end{bmatrix}, \qquad
 #    b = \begin{bmatrix} 1 \\ 2 \end{bmatrix}.
 #
-# Plain CG, ``negative_curvature="ignore"``, takes these steps:
+# Here are the steps of plain CG, ``negative_curvature="ignore"``. The last line
+# is the default of ``cg``, which stops:
 
 diagonal = torch.tensor([1.0, -2.0]).double()
 b = torch.tensor([1.0, 2.0]).double()
@@ -586,7 +599,7 @@ for k in range(2):
     print(f"  x = ({x1:.2f}, {x2:.2f}), model {model_values[k + 1]:.2f}")
 
 stopped = cg(diagonal.mul, b)
-print(f"{stopped.solve.reason}: x = {stopped.x.tolist()}")
+print(f"cg stops, {stopped.solve.reason}: x = {stopped.x.tolist()}")
 
 # %%
 
@@ -616,21 +629,21 @@ _ = describe(
 )
 
 # %%
-# The first direction is :math:`p = b = (1, 2)`, downhill, with :math:`p^\top A
-# p = 1 - 8 = -7`. Along :math:`p` the model falls without end. The only
-# stationary point is a maximum at :math:`\alpha = -5 / 7`, and plain CG goes
-# there: backwards, uphill. The second step solves the system: :math:`(1, -1)`
-# is a saddle point, higher than the start.
+# The first direction, :math:`p = b = (1, 2)`, points downhill, and
+# :math:`p^\top A p = 1 - 8 = -7`. Along :math:`p`, the model falls without end,
+# and its only stationary point is a maximum, at :math:`\alpha = -5 / 7`. Plain
+# CG steps to this maximum: backwards and uphill. The second step solves the
+# system: :math:`(1, -1)` is a saddle point, higher than the start.
 #
-# The remedy is due to Dembo and Steihaug, `Truncated-Newton algorithms for
-# large-scale unconstrained optimization (1983)
-# <https://doi.org/10.1007/BF02592055>`__: stop at the first direction with
-# :math:`p^\top A p \le 0`. All earlier curvatures are positive, so the iterate
-# points downhill. If the very first direction has no positive curvature, then
-# ``cg`` returns :math:`b = -g`, a step of gradient descent.
+# Dembo and Steihaug, `Truncated-Newton algorithms for large-scale unconstrained
+# optimization (1983) <https://doi.org/10.1007/BF02592055>`__, found a remedy:
+# stop at the first direction with :math:`p^\top A p \le 0`. All earlier
+# directions have positive curvature, so the last iterate points downhill. If
+# even the first direction has no positive curvature, then ``cg`` returns
+# :math:`b = -g`, a step of gradient descent.
 #
 # Does the remedy matter for the network? Solve with the Hessian of the first
-# layer in both ways, with the tutorial's damping and tolerance.
+# layer in both ways, with a damping of 0.01 and a tolerance of 0.1:
 
 lam = 1e-2
 A = damped(weight.hmp, lam)
@@ -675,37 +688,41 @@ _ = describe(
 )
 
 # %%
-# Both solves agree until the first direction of negative curvature. There, one
-# solve ends with a step downhill. Plain CG steps to a maximum, the model value
-# jumps up, and then goes up and down for more than twice the products. Plain
-# CG converges to a saddle point of the model, here higher than the start. Do
-# not take the stopped step at its word, either: the model promises a larger
-# decrease than the whole loss, and a cross-entropy cannot fall below zero.
+# Both solves take the same steps until the first direction of negative
+# curvature. There, the stopped solve ends, with the iterate before, which
+# points downhill. Plain CG steps to the maximum along this direction, and the
+# model value jumps up. Plain CG takes several times as many products, and ends
+# at a saddle point of the model, here higher than the start.
 #
-# A product, a damping and a tolerance are all that a Newton step needs. `Page
-# 3 <plot_3_matrix_free_optimization.html>`__ makes an optimizer of them.
+# The stopped step is not safe, either. The quadratic model promises a decrease
+# larger than the whole loss, and a cross-entropy cannot fall below zero.
+#
+# A gradient, products, a damping and a tolerance are all that a Newton step
+# needs. `Page 3 <plot_3_matrix_free_optimization.html>`__ makes an optimizer of
+# them.
 #
 # Check yourself
 # --------------
 #
-# .. fold:: One matrix has the condition number 100, another matrix 10,000. How
-#     many times as many products does the bound allow for the second matrix,
-#     to the same accuracy?
+# .. fold:: One matrix has the condition number 100, another matrix 10,000. The
+#     accuracy is the same. By which factor do the bounds on the products
+#     differ?
 #
-#    The bound allows about ten times as many products, as it grows with
-#    :math:`\sqrt{\kappa}`.
+#    By a factor of about ten: the bound grows with :math:`\sqrt{\kappa}`.
 #
 # .. fold:: The first product of a solve finds :math:`p^\top A p < 0`. What does
 #     ``cg`` return, and does the result point downhill?
 #
-#    ``cg`` returns the right-hand side :math:`b = -g`. The result points downhill,
-#    since :math:`g^\top b = -\lVert g \rVert^2 < 0`.
+#    ``cg`` returns the right-hand side :math:`b = -g`. The result points
+#    downhill, since :math:`g^\top b = -\lVert g \rVert^2 < 0`.
 #
-# .. fold:: Exercise: run ``cg(damped(weight.hmp, lam), -g, **options)`` once more with
-#     ``lam = 0.03``. How does the solve end, and how large is its ``solve.decrease``?
+# .. fold:: Exercise: run ``result = cg(damped(weight.hmp, lam), -g,
+#     **options)`` once more with ``lam = 0.03``. How does the solve end? How
+#     large is the decrease that the model promises, ``result.solve.decrease``?
 #
-#    The solve converges after five products: no direction of negative curvature comes
-#    up. The model promises a decrease of 0.042, a small part of the loss.
+#    The solve converges after five products: each direction has positive
+#    curvature. The model promises a decrease of 0.042, a small part of the
+#    loss.
 
 # Check the first answer and the exercise.
 steps = []

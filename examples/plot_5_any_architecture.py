@@ -2,18 +2,19 @@ r"""
 5. Any architecture
 ===================
 
-How does a network train with curvature, if BackPACK has no rule for one of its
-layers? This page takes its curvature products from automatic differentiation
-alone: any model and loss that PyTorch can differentiate twice will do. The
-optimizer stays as it is, and each step still solves
+BackPACK needs a rule for each module of a network. How does a network train with
+curvature, if BackPACK has no rule for one of the modules? This page computes
+curvature products by automatic differentiation alone, for any model and loss that
+PyTorch can differentiate twice. The optimizer stays as it is, and each step still
+solves
 
 .. math::
 
    (C + \lambda I)\, v = -g
 
-by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG) on products with
-:math:`C`. What changes is where these products come from, and which parameters
-share a system: a weight and its bias, or the whole network.
+by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), with products of
+:math:`C`. Two things change: the source of the products, and the parameters that
+share a system. These may be a single tensor, a layer, or the whole network.
 
 *About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
@@ -23,10 +24,11 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # Where BackPACK stops
 # --------------------
 #
-# A residual network adds the input of a branch to its output, and usually
-# normalises over the batch. Here is a small one for MNIST:
+# A residual network has branches of a few layers. The output of a branch is added
+# to its input, and most layers are followed by batch normalisation. Here is a small
+# residual network for MNIST:
 
-# A residual network: modules, and the branch that is added.
+# Define the modules of a residual network.
 import warnings
 from textwrap import fill
 
@@ -81,8 +83,9 @@ print(f"{n:,} parameters")
 assert n < 100_000
 
 # %%
-# What does BackPACK say to this model? First as the model is, then with the option
-# that rewrites a model as modules, additions included.
+# Does BackPACK take this model? Try the model as it is, and then with
+# ``use_converter=True``, an option that rewrites a model as modules, including the
+# additions.
 
 images, labels = (t[:64] for t in load_mnist().tensors)
 attempts = {
@@ -100,28 +103,28 @@ for label, model in attempts.items():
         raise AssertionError("BackPACK takes this model by now")
 
 # %%
-# BackPACK has a rule for each kind of module that it knows, and no rule for batch
-# normalisation over images, nor for an addition. A product with a vector can do
-# without such rules.
+# BackPACK has no rule for batch normalisation over images, and no rule for an
+# addition. Automatic differentiation needs no such rules.
 #
 # Products by automatic differentiation
 # -------------------------------------
 #
 # The `generalized Gauss-Newton matrix
-# <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) is
-# :math:`G = J^\top H_L\, J`, with the Jacobian :math:`J` of the outputs
-# :math:`z` and the Hessian :math:`H_L` of the loss :math:`\ell(z)`. Backward
-# passes are enough for a product :math:`G p`, from right to left:
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) is :math:`G = J^\top
+# H_L\, J`, with the Jacobian :math:`J` of the outputs :math:`z` and the Hessian
+# :math:`H_L` of the loss :math:`\ell(z)`. A backward pass multiplies by the
+# transpose of a Jacobian. Three backward passes are enough for a product :math:`G p
+# = J^\top (H_L (J p))`:
 #
-# - :math:`J^\top u` **is** a backward pass, from :math:`u` in place of the outputs'
-#   gradient. Let this pass build a graph of its own.
-# - The map :math:`u \mapsto J^\top u` has the Jacobian :math:`J^\top`. A backward pass
-#   multiplies by the transpose of a Jacobian: through this graph, from the vector
-#   :math:`p`, the pass gives :math:`J p`.
-# - The outputs' gradient :math:`g_z = \nabla_z \ell` has the Jacobian :math:`H_L J`
-#   with respect to the parameters. So a backward pass from :math:`g_z`, with the
-#   vector :math:`J p`, gives :math:`(H_L J)^\top J p = G p`, as :math:`H_L` is
-#   symmetric.
+# - **Once per batch:** a backward pass from the outputs, which starts from any
+#   vector :math:`u`, gives :math:`J^\top u`. This pass builds a graph of its own.
+# - **The right factor:** :math:`J^\top u` is linear in :math:`u`, with the matrix
+#   :math:`J^\top`. A backward pass through the new graph, which starts from
+#   :math:`p`, multiplies by the transpose, and gives :math:`J p`.
+# - **The other factors:** the outputs' gradient :math:`g_z = \nabla_z \ell` has the
+#   Jacobian :math:`H_L J` with respect to the parameters. A backward pass from
+#   :math:`g_z`, which starts from :math:`J p`, gives :math:`(H_L J)^\top J p = G
+#   p`, since :math:`H_L` is symmetric.
 
 # Draw the passes as arrows between parameters, outputs and loss.
 import matplotlib.pyplot as plt
@@ -133,7 +136,7 @@ PASSES = (
     ("forward", "z", "ℓ", "", "", "black"),
     ("backward", "ℓ", "z", "", "leaves $g_z$", "blue"),
     ("backward", "z", "x", "u", "leaves $J^⊤ u$", "blue"),
-    ("its graph", "x", "z", "p", "leaves J p", "orange"),
+    ("graph of $J^⊤ u$", "x", "z", "p", "leaves J p", "orange"),
     ("graph of $g_z$", "z", "x", "J p", "leaves G p", "orange"),
 )
 place = {"x": 0.0, "z": 0.5, "ℓ": 1.0}
@@ -166,9 +169,9 @@ _ = describe(
 )
 
 # %%
-# A pass from :math:`z` to :math:`x` multiplies by :math:`J^\top`, and a pass through
-# its graph, from :math:`x` to :math:`z`, by :math:`J`. For a block of one parameter
-# :math:`x`:
+# In the figure, each arrow is a pass. The vector at the tail starts the pass, and
+# the pass leaves the result at the head. For a block of one parameter tensor
+# :math:`x`, the code is:
 
 from torch.autograd import grad
 
@@ -214,17 +217,18 @@ for (name, x), x_twin in pairs:
     assert error < 1e-12
 
 # %%
-# The products are BackPACK's, to within rounding. The Hessian takes one backward
-# pass through the graph of the gradient: :math:`H p = (\partial g / \partial
-# x)^\top p`. Both are in the package, for larger blocks and several outputs, in
-# one file that needs nothing but PyTorch, `curvature.py <../curvature.py>`__.
+# The products agree with BackPACK's, to within rounding. A product with the Hessian
+# takes one backward pass through the graph of the gradient: :math:`H p = (\partial
+# g / \partial x)^\top p`. The package has both products, for larger blocks and for
+# models with several output tensors, in a file that needs nothing but PyTorch,
+# `curvature.py <../curvature.py>`__.
 #
 # One line in the training loop
 # -----------------------------
 #
-# A **block** is a list of parameters whose system is solved as one. ``GGN``
-# takes any list of blocks. Three kinds are at hand: each parameter by itself, as
-# in BackPACK; the parameters of each layer; the whole network.
+# A **block** is a list of parameters that share one linear system. ``GGN`` takes
+# any list of blocks. Here are three kinds: a block for each parameter, as in
+# BackPACK; a block for each layer; and one block for the whole network.
 
 from cgn_tutorial import GGN, Hessian, layers
 
@@ -242,8 +246,8 @@ for blocks in (per_parameter, layers, whole_network):
 
 # %%
 # One line of the training loop is new: ``curvature.backward`` takes the place of
-# ``loss.backward()``. The line leaves the gradient on each parameter, and the
-# product of the parameter's block.
+# ``loss.backward()``. This line leaves two things on each parameter: the gradient,
+# and the product with the parameter's block.
 
 from cgn_tutorial import CGNOptimizer
 from cgn_tutorial.pages import mnist_loader
@@ -274,17 +278,17 @@ model = extend(make_model())
 optimizer = CGNOptimizer(model.parameters(), GGNMP(), maxiter=20)
 history = train(model, loss_function, optimizer, loader, steps=3)
 for ours, theirs in zip(losses, history.loss, strict=True):
-    print(f"autograd {ours:.5f}, BackPACK {theirs:.5f}")
+    print(f"loss: autograd {ours:.5f}, BackPACK {theirs:.5f}")
     assert abs(ours - theirs) < 1e-3
 
 # %%
 # Can a product be trusted?
 # -------------------------
 #
-# A curvature matrix is symmetric, and the GGN of a convex loss positive
-# semi-definite. ``check_products`` tries both with random vectors :math:`u` and
-# :math:`v`: :math:`u^\top C v = v^\top C u` and :math:`u^\top C u \ge 0`. For the
-# residual network:
+# A curvature matrix is symmetric. If the loss is convex in the outputs, then the
+# GGN is also positive semi-definite. ``check_products`` tests both properties with
+# random vectors :math:`u` and :math:`v`: :math:`u^\top C v = v^\top C u`, and
+# :math:`u^\top C u \ge 0`. For the residual network:
 
 from cgn_tutorial import check_products
 
@@ -293,15 +297,19 @@ model = make_residual_cnn()
 z = model(images)
 products = GGN(layers(model)).backward(cross_entropy(z, labels), z)
 asymmetry = check_products(products, positive=True)
-print(f"largest difference, relative to the length of Cv: {asymmetry:.0e}")
+print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 
 # %%
-# The difference is rounding. Given ``evaluate``, a function that computes loss and
-# outputs again, ``check_products`` also compares the products with central
-# differences. PyTorch's own second derivative of ``weight_norm`` is wrong:
-# ``Hessian`` refuses such a layer, and the products of ``GGN`` pass the check.
+# The difference is the rounding of single precision. But a symmetric product may
+# still be wrong. For a stricter test, pass ``evaluate``, a function that computes
+# loss and outputs again: ``check_products`` then compares the products with central
+# differences.
+#
+# This test has found an error: PyTorch's own second derivative of ``weight_norm``
+# is wrong. So ``Hessian`` refuses a layer with ``weight_norm``. The products of
+# ``GGN`` pass the test:
 
-# Try both on a layer with weight_norm.
+# Try Hessian and GGN on a layer with weight_norm.
 normed = nn.utils.parametrizations.weight_norm(nn.Linear(784, 16))
 model = nn.Sequential(nn.Flatten(), normed, nn.Tanh(), nn.Linear(16, 10))
 
@@ -320,15 +328,15 @@ else:
 
 products = GGN(layers(model)).backward(*evaluate())
 asymmetry = check_products(products, positive=True, evaluate=evaluate)
-print(f"largest difference, relative to the length of Cv: {asymmetry:.0e}")
+print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 
 # %%
 # What a product costs
 # --------------------
 #
-# A product with the block of one layer does not need the whole network: both
-# passes run between that layer and the loss. The unit is one gradient, a forward
-# and a backward pass, on 64 images:
+# A product takes two passes. With the block of one layer, both passes run between
+# this layer and the outputs only. How long does a product take, if the unit is a
+# gradient, one forward and one backward pass, on 64 images?
 
 # Time functions in turns.
 import statistics
@@ -383,7 +391,7 @@ for kind, shift, color in (("GGN", -0.2, "blue"), ("Hessian", 0.2, "orange")):
     style = {"color": COLORS[color], "hatch": hatch, "ec": "white"}
     ax.barh(rows + shift, cost, height=0.38, label=kind, **style)
     if kind == "GGN":
-        print(" " * 8, *[f"{name:>8}" for name in NAMES])
+        print("product ", *[f"{name:>8}" for name in NAMES])
     print(f"{kind:8}", *[f"{c:8.2f}" for c in cost])
 ax.axvline(1, color="gray", lw=1, ls=":")
 ax.set(yticks=rows, yticklabels=NAMES)
@@ -398,16 +406,17 @@ _ = describe(
 )
 
 # %%
-# The closer to the loss, the cheaper: one product of the first convolution takes
-# as long as many of the last layer. The whole network's product passes through
-# all layers once. A network may also be small enough for its matrix: `Dense or not
-# <plot_c_dense_or_not.html>`__ compares.
+# The closer a layer is to the loss, the cheaper is its product: a product of the
+# first convolution takes as long as many products of the last layer. The product of
+# the whole network passes through all layers once. If a network is small, its
+# matrix may fit in memory: `page C <plot_c_dense_or_not.html>`__ compares dense and
+# matrix-free steps.
 #
 # Blocks: parameter, layer, network
 # ---------------------------------
 #
-# Larger blocks keep more of the matrix. Here they are, outlined on the GGN of a
-# network with 113 parameters in three layers:
+# Larger blocks keep more of the matrix. The next figure outlines the three kinds of
+# blocks on the GGN of a network with 113 parameters in three layers:
 
 # Draw the GGN of a small network three times, and outline the blocks.
 from matplotlib.colors import LogNorm
@@ -449,11 +458,14 @@ _ = describe(
 )
 
 # %%
-# What lies outside the squares is taken for zero. Do larger blocks pay? Train the
-# tutorial's network for 16 steps, to a tolerance of 0.1, from three seeds.
+# The entries outside the squares are set to zero. Do larger blocks need fewer
+# products, or less time? Train the tutorial's network for 16 steps, with a
+# tolerance of 0.1 and a damping of 0.001, from three seeds. Products and seconds
+# are means over the seeds. The late loss is the median of the last five losses, one
+# number for each seed.
 
 
-# Train with a kind of blocks.
+# A function that trains with one kind of blocks.
 STEPS = 16
 SEEDS = range(3)
 
@@ -496,9 +508,11 @@ runs = {k: [run(blocks, s) for s in SEEDS] for k, blocks in KINDS.items()}
 late = {label: report(label, runs[label]) for label in KINDS}
 
 # %%
-# At this tolerance, the whole network stops after a product or two. `Page C
+# At this tolerance, the solves of the whole network stop after a product or two,
+# and the loss stays on the plateau: `page C
 # <plot_c_dense_or_not.html#what-a-tolerance-on-the-whole-network-allows>`__ says
-# why. Give the whole network as many products as the blocks per layer have used:
+# why. Let the whole network train for as many products as the blocks per layer have
+# used:
 
 budgets = [sum(products) for _, products, _ in runs["layer"]]
 runs["network"] = [
@@ -535,15 +549,16 @@ _ = describe(
 )
 
 # %%
-# - Blocks per parameter and per layer both train, and those per layer with fewer
-#   products.
+# - Blocks per parameter and blocks per layer both train. Blocks per layer need
+#   fewer products.
 # - The whole network does not train in 16 steps. With as many products as the
-#   layers, it trains, too, in more than five times as many steps. Its products
-#   are the most expensive ones, as the bars show.
-# - At a tighter tolerance, 0.01, blocks per layer train, and `some runs of the other
-#   blocks blow up <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.
+#   blocks per layer, the whole network trains, in many more steps, as the output
+#   shows, and in more time: its products are the most expensive ones.
+# - At a tighter tolerance, 0.01, blocks per layer train, and `some runs of the
+#   other blocks blow up
+#   <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.
 
-# Check all of it, seed by seed.
+# Check these points, seed by seed.
 for label in ("parameter", "layer"):
     assert max(late[label]) < 1.2
 for layer, parameter in zip(runs["layer"], runs["parameter"], strict=True):
@@ -556,8 +571,9 @@ assert min(len(losses) for losses, *_ in runs["network"]) > 5 * STEPS
 # The residual network trains
 # ---------------------------
 #
-# Back to the residual network, with one block per layer. Its settings are its
-# own: a larger damping, batches of 128 images, and shorter steps for the last ten.
+# Back to the residual network, with a block per layer. This network has a damping
+# of 0.1, a tolerance of 0.5 and batches of 128 images. The step size is 0.2 for 30
+# steps, and 0.05 for the last ten.
 
 
 def train_any(make, lr_and_steps):
@@ -577,8 +593,8 @@ def train_any(make, lr_and_steps):
 
 
 # %%
-# The accuracy is that of the trained model, in evaluation mode, on the first
-# 10,000 training images.
+# The accuracy is measured after training, in evaluation mode, on the first 10,000
+# training images.
 
 
 from cgn_tutorial.pages import accuracy
@@ -625,7 +641,7 @@ class Transformer(nn.Module):
 
 # %%
 # PyTorch computes attention in one fused operation, and cannot differentiate this
-# operation twice. The first product says so, and what to do.
+# operation twice. The first product raises an error, which names the remedy:
 
 torch.manual_seed(0)
 model = Transformer()
@@ -640,8 +656,9 @@ else:
     raise AssertionError("fused attention is differentiated twice by now")
 
 # %%
-# The remedy is to evaluate the model with attention written out, as plain
-# operations:
+# Within ``sdpa_kernel(SDPBackend.MATH)``, PyTorch computes attention by plain
+# operations. The model stays the same, and trains for 60 steps with the settings of
+# the residual network:
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -666,25 +683,26 @@ _ = describe(
 )
 
 # %%
-# Both networks train, with the optimizer of the tutorial and one line exchanged.
-# Which optimizer trains them fastest was not tried.
+# Both networks train, with the optimizer of the tutorial and one new line in the
+# loop. Other optimizers may train these networks faster: no race was held.
 #
 # Which product to choose
 # -----------------------
 #
-# - **GGN or Hessian?** To train, take the GGN: for the usual losses, no solve
-#   meets a negative direction. In the Hessian of the untrained residual network,
-#   CG finds a direction of `negative curvature
-#   <plot_2_conjugate_gradients.html#negative-curvature>`__, and stops there.
-# - **BackPACK or autograd?** The products are the same, except for `modules in which
-#   BackPACK's are wrong <../guides/backpack.html>`__. BackPACK has further
-#   curvatures, such as the `PCH
-#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes any
-#   model, loss and blocks.
-# - **Which blocks?** One per layer is a good start. `Choosing
+# - **GGN or Hessian?** To train, take the GGN. If the loss is convex in the
+#   outputs, no solve meets negative curvature. With the Hessian of the untrained
+#   residual network, CG meets a direction of `negative curvature
+#   <plot_2_conjugate_gradients.html#negative-curvature>`__ within a few products,
+#   and stops.
+# - **BackPACK or autograd?** The products are the same, except for some `modules
+#   for which BackPACK's products are wrong <../guides/backpack.html>`__. BackPACK
+#   has further curvatures, such as the `PCH
+#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes
+#   any blocks, and any model and loss that PyTorch can differentiate twice.
+# - **Which blocks?** A block per layer is a good start. The guide `Choosing
 #   <../guides/choosing.html>`__ has the other settings.
 #
-# These are few models, few seeds and one batch size each.
+# This advice rests on a few models, a few seeds and one batch size each.
 
 # Solve for a step of the residual network, with GGN and Hessian.
 from cgn_tutorial import cg
@@ -704,30 +722,31 @@ for kind in (GGN, Hessian):
     reason[kind] = solve.reason
     print(f"{kind.__name__:7}: {solve.reason}, {solve.products} products")
 assert reason[GGN] != "negative curvature" == reason[Hessian]
+assert solve.products < 10
 
 # %%
 # Check yourself
 # --------------
 #
-# .. fold:: A step has one block, and its solve takes ten products. How many backward
-#     passes is that?
+# .. fold:: A step with the GGN has one block, and its solve takes ten products. How
+#     many backward passes does the step take?
 #
-#    22: two for the gradient, which also leave the graphs, and two for each
-#    product. The very first step takes one more, to check that autograd sees all
+#    22: two passes give the gradient and build the graphs, and each product takes
+#    two. The very first step takes one more, which checks that autograd sees all
 #    parameters.
 #
 # .. fold:: Why does a product of the last layer cost less than a product of the
-#     first?
+#     first layer?
 #
-#    Both passes run between the layer and the loss: those of the last layer pass
-#    through one layer, and those of the first through all.
+#    Both passes run between the layer and the outputs. For the last layer, the
+#    passes go through one layer; for the first layer, through all layers.
 #
 # .. fold:: Change the code: train the residual network with
 #     ``GGN(per_parameter(model))`` for ten steps, and count the products. More, or
 #     fewer, than with ``GGN(layers(model))``?
 #
-#    More: each weight and each bias has a solve of its own, with at least one
-#    product. With ``layers``, a weight and its bias share one solve.
+#    More, as the counts below show: each weight and each bias has a solve of its
+#    own, and each solve takes at least one product.
 
 # Check the answers.
 assert 2 + 2 * 10 == 22

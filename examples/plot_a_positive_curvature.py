@@ -3,28 +3,29 @@ A. Positive curvature, Fisher and their kin
 ===========================================
 
 `Page 1 <plot_1_newton_step.html>`__ splits the Hessian of a network into the generalized
-Gauss-Newton matrix (GGN) and a residual, :math:`H = G + R`. Where does the residual come from,
-layer by layer? A backward recursion shows the place, and the *positive-curvature Hessian* (PCH)
-repairs the residual there. This page derives the recursion, holds it against dense matrices and
-against BackPACK, and compares the eigenvalues of four curvatures. First, the page relates the GGN
-to the Fisher matrix.
+Gauss-Newton matrix (GGN) and a residual, :math:`H = G + R`. This page first relates the GGN to the
+Fisher matrix. Then a backward recursion shows which part of the residual each layer adds, and the
+*positive-curvature Hessian* (PCH) changes this part. The page compares the recursion with dense
+matrices and with the library BackPACK, and at the end the eigenvalues of four curvatures.
 
-*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the
-package as the `front page <../index.html#run-it-yourself>`__ says.
+*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the package as the
+`front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
 # Fisher matrix
 # -------------
 #
-# Cross-entropy is a negative log-likelihood: the model gives each possible label a probability. For
-# each label, take the gradient :math:`g` that an image would have if the label were true, and
-# average the products :math:`g g^\top` with the model's probabilities. The mean over all images is
-# the **Fisher** matrix. For softmax and cross-entropy, the Fisher matrix equals the GGN (`Martens,
-# "New Insights and Perspectives on the Natural Gradient Method" (2020)
-# <https://arxiv.org/abs/1412.1193>`__).
+# The model gives each possible label a probability, and cross-entropy is the negative logarithm of
+# the true label's probability. Take an image and a possible label, and let :math:`g` be the
+# gradient of the loss with this label. Average :math:`g g^\top` over the labels, weighted by the
+# model's probabilities. The mean of these averages over all images is the **Fisher** matrix. For
+# softmax and cross-entropy, the Fisher matrix equals the GGN (`Martens, "New Insights and
+# Perspectives on the Natural Gradient Method" (2020) <https://arxiv.org/abs/1412.1193>`__).
 #
-# The network is the tiny one of page 1, with 113 parameters.
+# The **empirical Fisher** uses only the label in the data: it is the mean of :math:`g g^\top` over
+# the images, with their true labels. Compare both with the GGN, for the tiny network of page 1 with
+# its 113 parameters:
 
 # Load the tiny network, and compute its Hessian.
 import torch
@@ -74,7 +75,7 @@ true = g[torch.arange(len(images)), labels]
 empirical = true.T @ true / len(images)
 for name, matrix in (("Fisher", fisher), ("empirical Fisher", empirical)):
     error = (matrix - G).norm() / G.norm()  # relative, to the GGN
-    print(f"{name}: difference {error:.0e}")
+    print(f"{name}: relative difference to the GGN {error:.0e}")
 
 # %%
 
@@ -85,29 +86,30 @@ torch.testing.assert_close(fisher, G)
 assert (empirical - G).norm() > 0.1 * G.norm()
 
 # %%
-# The **empirical Fisher** takes :math:`g g^\top` for the label in the data alone. The empirical
-# Fisher is neither the Fisher matrix nor the GGN (`Kunstner, Hennig and Balles, "Limitations of the
-# Empirical Fisher Approximation for Natural Gradient Descent" (2019)
-# <https://arxiv.org/abs/1905.12558>`__). **K-FAC** approximates each layer's block of the Fisher
-# matrix by a Kronecker product of two small matrices. K-FAC can store and invert these matrices;
-# this tutorial multiplies by the block itself.
+# The empirical Fisher is neither the Fisher matrix nor the GGN (`Kunstner, Hennig and Balles,
+# "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent" (2019)
+# <https://arxiv.org/abs/1905.12558>`__). **K-FAC** (`Martens and Grosse, 2015
+# <https://arxiv.org/abs/1503.05671>`__) approximates each layer's block of the Fisher matrix by a
+# Kronecker product of two small matrices, which K-FAC can store and invert. This tutorial does not
+# approximate the block, and multiplies by it.
 #
 # Positive-curvature Hessian
 # --------------------------
 #
-# Follow the Hessian of one image's loss backwards through the network. A linear layer computes
-# :math:`z = W h + b` from :math:`h = \sigma(a)`, the sigmoid of the output :math:`a` of the layer
-# below. Let :math:`H_z`, :math:`H_h` and :math:`H_a` be the Hessians of the loss with respect to
-# :math:`z`, :math:`h` and :math:`a`, and :math:`\delta = \partial L / \partial h`.
+# Let :math:`L` be the loss of one image. Follow its Hessian with respect to the values inside the
+# network, from the outputs back. A linear layer computes :math:`z = W h + b`. Its input :math:`h =
+# \sigma(a)` is the sigmoid of :math:`a`, the output of the layer below. Let :math:`H_z`,
+# :math:`H_h` and :math:`H_a` be the Hessians of the loss with respect to :math:`z`, :math:`h` and
+# :math:`a`, and :math:`\delta = \partial L / \partial h`.
 #
 # **Through the weight.** The output :math:`z` is linear in :math:`h`, with the Jacobian :math:`W`:
 #
 # .. math:: H_h = W^\top H_z W .
 #
 # **Through the sigmoid.** The chain rule gives :math:`\partial L / \partial a_i = \sigma'(a_i)\,
-# \delta_i`. Differentiate this product with respect to :math:`a_j`. The change of :math:`\delta_i`
-# gives :math:`\sigma'(a_i)\, (H_h)_{ij}\, \sigma'(a_j)`. The change of :math:`\sigma'(a_i)` gives
-# :math:`r_i = \sigma''(a_i)\, \delta_i`, for :math:`i = j` only:
+# \delta_i`. Differentiate this product with respect to :math:`a_j`. The derivative of
+# :math:`\delta_i` gives :math:`\sigma'(a_i)\, (H_h)_{ij}\, \sigma'(a_j)`. The derivative of
+# :math:`\sigma'(a_i)` gives :math:`r_i = \sigma''(a_i)\, \delta_i`, on the diagonal only:
 #
 # .. math::
 #
@@ -117,22 +119,23 @@ assert (empirical - G).norm() > 0.1 * G.norm()
 #     r &= \sigma''(a) \odot \delta .
 #     \end{aligned}
 #
-# The layer below calls its output :math:`z`, not :math:`a`, and goes on with :math:`H_a` as its
-# :math:`H_z`. (`Botev, Ritter and Barber, "Practical Gauss-Newton Optimisation for Deep Learning"
-# (2017) <https://arxiv.org/abs/1706.03662>`__; for many kinds of layers, `Dangel, Harmeling and
-# Hennig, "Modular Block-diagonal Curvature Approximations for Feedforward Architectures" (2020)
-# <https://arxiv.org/abs/1902.01813>`__.)
+# For the layer below, :math:`a` is the output, and the recursion goes on with :math:`H_a` in place
+# of :math:`H_z`. (The recursion is that of `Botev, Ritter and Barber, "Practical Gauss-Newton
+# Optimisation for Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__; for many kinds of
+# layers, see `Dangel, Harmeling and Hennig, "Modular Block-diagonal Curvature Approximations for
+# Feedforward Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.)
 #
-# The recursion starts with :math:`H_z = H_L`, which is positive semi-definite for a convex loss.
-# Every term of the recursion stays positive semi-definite, except :math:`\operatorname{diag}(r)`.
-# With :math:`r = 0`, the recursion multiplies :math:`H_L` from both sides by Jacobians alone, and
-# the result is the GGN. The **positive-curvature Hessian** (PCH) replaces :math:`r` by
-# :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*) in every layer, and is positive
-# semi-definite. The PCH is not the Hessian with its negative eigenvalues cut off. (`Chen, Chou and
-# Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature Hessian for Training Neural
-# Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.)
+# The recursion starts at the outputs of the network, with :math:`H_z = H_L`, the Hessian of the
+# loss with respect to the outputs. If the loss is convex in the outputs, :math:`H_L` is positive
+# semi-definite. All terms of the recursion are then positive semi-definite, except
+# :math:`\operatorname{diag}(r)`. With :math:`r = 0`, the recursion multiplies :math:`H_L` from both
+# sides by Jacobians alone, and the result is the GGN. The **positive-curvature Hessian** (PCH)
+# replaces :math:`r` in each layer by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), and so
+# is positive semi-definite. This is not the same as to set the negative eigenvalues of the Hessian
+# to zero. (See `Chen, Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature
+# Hessian for Training Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.)
 #
-# Four curvatures, then, differ in one function of :math:`\sigma''(a)` and :math:`\delta`:
+# The four curvatures differ in one function of :math:`\sigma''(a)` and :math:`\delta`:
 
 RESIDUALS = {
     "Hessian": lambda s2, delta: s2 * delta,
@@ -145,18 +148,19 @@ RESIDUALS = {
 # Blocks of the recursion
 # -----------------------
 #
-# The recursion yields the second derivatives *within* a layer. In :math:`z = W h + b`, adding
-# :math:`t` to :math:`b_i` adds :math:`t` to :math:`z_i`, and adding :math:`t` to :math:`W_{ij}`
-# adds :math:`t h_j` to :math:`z_i`. So for one image
+# The recursion yields the blocks of the weight and of the bias of each layer. In :math:`z = W h +
+# b`, adding :math:`t` to :math:`b_i` adds :math:`t` to :math:`z_i`, and adding :math:`t` to
+# :math:`W_{ij}` adds :math:`t h_j` to :math:`z_i`. So for one image
 #
 # .. math::
 #
 #     \frac{\partial^2 L}{\partial b_i\, \partial b_k} = (H_z)_{ik}, \qquad
-#     \frac{\partial^2 L}{\partial W_{ij}\, \partial W_{kl}} = (H_z)_{ik}\, h_j h_l ,
+#     \frac{\partial^2 L}{\partial W_{ij}\, \partial W_{kl}} = (H_z)_{ik}\, h_j h_l .
 #
-# and the blocks of a batch are the sums over its images. If :math:`H_z` is positive semi-definite,
-# both blocks are: a change of the bias or the weight changes :math:`z` by some :math:`u`, and the
-# curvature along the change is :math:`u^\top H_z\, u \ge 0`.
+# In a batch of N images, each loss counts with the factor 1/N, and the blocks of the images add up.
+# If :math:`H_z` is positive semi-definite, both blocks are positive semi-definite: a change of the
+# bias or of the weight changes :math:`z` by some :math:`u`, and the curvature along the change is
+# :math:`u^\top H_z\, u \ge 0`.
 
 
 def forward(x):
@@ -196,7 +200,8 @@ def curvature_blocks(x, residual):
 
 
 # %%
-# Are these the blocks of the dense matrices from automatic differentiation?
+# Are the blocks of the recursion the blocks of the dense Hessian and GGN, which automatic
+# differentiation computes?
 
 
 # Compare the blocks with those of the dense matrices.
@@ -218,9 +223,10 @@ for name, dense in ("Hessian", H), ("GGN", G):
     assert error < 1e-12
 
 # %%
-# They agree. The picture shows the recursion on one image, from right to left, as it runs. The
-# Hessian of the loss arrives at the outputs of the last layer. Each layer leaves the blocks of its
-# bias and its weight behind, and hands on a matrix of the size of its input.
+# The blocks agree. The next figure shows the recursion for one image, from right to left. The
+# Hessian of the loss arrives at the outputs of the last layer. Each layer gives the blocks of its
+# bias and its weight (arrows down), and passes a matrix of the size of its input to the layer
+# below. Colours show the entries, relative to each matrix's largest entry.
 
 # Run the recursion, and draw the matrices that the first image meets.
 from matplotlib import pyplot as plt
@@ -271,11 +277,13 @@ _ = describe(
 # BackPACK's products
 # -------------------
 #
-# Page 3 takes its products from `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__, which
-# follows the backward pass through the modules that ``extend`` registers. On each parameter ``p``,
-# BackPACK leaves a function that multiplies V vectors at once, ``[V, *p.shape] → [V, *p.shape]``.
-# The attribute's name is the ``savefield`` of the *extension*, and the extension chooses the
-# curvature. All unit vectors at once give all columns of the block.
+# Page 3 takes its products from the library `BackPACK
+# <https://openreview.net/forum?id=BJlrF24twB>`__. The function ``extend`` makes a module known to
+# BackPACK, and BackPACK then follows the backward pass through the known modules. On each parameter
+# ``p``, BackPACK leaves a function that multiplies the parameter's block by V vectors at once,
+# ``[V, *p.shape] → [V, *p.shape]``. The *extension* chooses the curvature, and the function is an
+# attribute of ``p`` that is called like the ``savefield`` of the extension. The products with all
+# unit vectors are the columns of the block.
 
 import copy
 import warnings
@@ -304,12 +312,13 @@ def backpack_blocks(extension):
 
 for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
     error = difference(backpack_blocks(extension), blocks_of(dense))
-    print(f"BackPACK's {name}: difference {error:.1e}")
+    print(f"BackPACK's {name}: relative difference {error:.1e}")
     assert error < 1e-12
 
 # %%
-# And the PCH? Compare BackPACK's PCH with the definition above, and with a variant that contains
-# :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
+# How does BackPACK compute the PCH? Compare BackPACK's PCH with the definition above, and with a
+# variant that multiplies by :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
+# The second line of each pair compares the definition, and the variant, with the GGN.
 
 for modify in ("abs", "clip"):
     residual = RESIDUALS[f"PCH, {modify}"]
@@ -319,25 +328,26 @@ for modify in ("abs", "clip"):
         x_init, lambda s2, d, residual=residual: residual(s2, d * d)
     )
     errors = [difference(theirs, blocks) for blocks in (once, twice)]
-    print(f"PCH, {modify}: δ once {errors[0]:.1e}, twice {errors[1]:.1e}")
+    print(f"BackPACK's PCH, {modify}, to δ once, twice:", end=" ")
+    print(f"{errors[0]:.1e}, {errors[1]:.1e}")
     ggn = [difference(b, blocks_of(G)) for b in (once, twice)]
-    print(f"    distance to the GGN {ggn[0]:.1e}, {ggn[1]:.1e}")
+    print(f"    the GGN, to δ once, twice: {ggn[0]:.1e}, {ggn[1]:.1e}")
     assert min(errors) < 1e-12
     assert ggn[1] < ggn[0] / 100
 
 # %%
-# BackPACK 1.7.1 multiplies by :math:`\delta` twice; the definition multiplies once. The mean over
-# many images makes :math:`\delta` small, and its square all but removes the residual. BackPACK's
-# variant is positive semi-definite, does not depend on the sign of :math:`\delta`, and is here
-# hardly more than the GGN. Page 3 calls this variant PCH, as did the published run that page 3
-# repeats. The spectra below belong to the definition.
+# BackPACK 1.7.1 multiplies by :math:`\delta` twice; the definition multiplies once. In a mean over
+# N images, :math:`\delta` contains the factor 1/N, and :math:`\delta^2` contains 1/N²: so hardly
+# any residual is left. BackPACK's variant is positive semi-definite, does not depend on the sign of
+# :math:`\delta`, and is here nearly the GGN. On page 3, PCH means this variant, as in the published
+# run. The next section uses the definition.
 #
 # Spectra
 # -------
 #
-# A solver meets the matrix through its eigenvalues. How do the eigenvalues of the four curvatures
-# differ, and does training change them? First, train the tiny network with dense matrices: the
-# block-diagonal GGN, :math:`\lambda = 0.01` and :math:`\gamma = 0.1`.
+# The number of steps that CG takes depends on the eigenvalues. How do the eigenvalues of the four
+# curvatures differ, and does training change them? First, train the tiny network with dense
+# matrices: the block-diagonal GGN, :math:`\lambda = 0.01` and :math:`\gamma = 0.1`.
 
 eye = torch.eye(len(x_init), dtype=x_init.dtype)
 x = x_init
@@ -353,9 +363,10 @@ for name, x in (("initialisation", x_init), ("trained", x_trained)):
 assert loss(x_trained) < 0.1 * loss(x_init)
 
 # %%
-# Each mark is one eigenvalue of the block-diagonal matrix. The axis is linear up to
-# :math:`10^{-5}` and logarithmic beyond. The table counts the eigenvalues that are negative beyond
-# rounding, and lists the smallest and the largest eigenvalue.
+# Each mark of the next figure is one eigenvalue of the block-diagonal matrix; page 1 lists those of
+# the full Hessian. The axis is linear up to :math:`10^{-5}` and logarithmic beyond. The output
+# counts the eigenvalues that are negative beyond rounding, and has the smallest and the largest
+# eigenvalue.
 
 
 def spectrum(x, name):
@@ -392,34 +403,40 @@ _ = describe(
 )
 
 # %%
+# Only the Hessian has negative eigenvalues (crosses). After training, fewer eigenvalues are
+# negative, and the most negative one is close to 0. What became of the residual of the blocks?
 
-# Check the most negative eigenvalues.
+residuals = []
+for name, x in (("initialisation", x_init), ("trained", x_trained)):
+    H_x, G_x = (curvature_blocks(x, RESIDUALS[k]) for k in ("Hessian", "GGN"))
+    R_x = torch.block_diag(*H_x) - torch.block_diag(*G_x)
+    low, high = torch.linalg.eigvalsh(R_x)[[0, -1]]
+    print(f"{name}: norm {R_x.norm():.1e},")
+    print(f"    eigenvalues from {low:.1e} to {high:.1e}")
+    residuals.append((R_x.norm(), low, high))
+
+# %%
+
+# Check the most negative eigenvalues, and those of the residual.
 negative = [spectrum(x, "Hessian") for x in (x_init, x_trained)]
 counts = [(mu < -1e-14).sum() for mu in negative]
 assert counts[1] < counts[0]
 assert 0 > negative[1][0] > 0.1 * negative[0][0]
-residuals = []
-for x in (x_init, x_trained):
-    H_x, G_x = (curvature_blocks(x, RESIDUALS[k]) for k in ("Hessian", "GGN"))
-    R_x = torch.block_diag(*H_x) - torch.block_diag(*G_x)
-    residuals.append((R_x.norm(), *torch.linalg.eigvalsh(R_x)[[0, -1]]))
 (before, low, high), (after, low_trained, high_trained) = residuals
 assert after > 3 * before
 assert -low > 5 * high and high_trained > 5 * -low_trained
 assert 0 > low_trained > 0.1 * low
 
 # %%
-# Only the Hessian has negative eigenvalues (crosses). Training leaves fewer, and the most negative
-# eigenvalue has moved close to 0. The residual as a whole has not shrunk: its norm is more than
-# three times as large as before. But its negative eigenvalues have moved close to 0, and its
-# largest eigenvalue has grown. All four curvatures have a few large eigenvalues and many
-# eigenvalues close to 0.
+# The norm of the residual is more than three times as large as before. But the negative eigenvalues
+# of the residual are close to 0, and the largest eigenvalue has grown. All four curvatures have a
+# few large eigenvalues and many eigenvalues close to 0.
 #
 # Damping moves every eigenvalue :math:`\mu` to :math:`\mu + \lambda`. The next figure shows the
 # sizes of the eigenvalues at initialisation, from the largest eigenvalue to the smallest. Crosses
-# are negative eigenvalues. The dashed line shows the same after damping with
-# :math:`\lambda = 10^{-3}`, and ends at the first negative eigenvalue. Sizes below
-# :math:`10^{-7}` are drawn as :math:`10^{-7}`.
+# are negative eigenvalues. The dashed line shows the eigenvalues after damping with :math:`\lambda
+# = 10^{-3}`, as long as they are positive. Sizes below :math:`10^{-7}` are drawn as
+# :math:`10^{-7}`.
 
 # Draw the eigenvalues with and without damping.
 fig, axes = plt.subplots(2, 2, figsize=(5, 4.4), sharex=True, sharey=True)
@@ -442,15 +459,15 @@ _ = describe(
     "Four panels of eigenvalues falling from about 0.6 over seven orders of"
     " magnitude. Damped, they level off at 0.001. For the Hessian the"
     " negative eigenvalues rise again in size to about 0.006 at the end, and"
-    " the damped line breaks off before them.",
+    " the damped line ends where they are larger in size than the damping.",
 )
 
 # %%
-# For the three semi-definite curvatures, damping is a floor. The condition number, the largest
-# eigenvalue :math:`\mu_1` over the smallest, drops from infinity to :math:`\mu_1 / \lambda + 1`;
-# `page B <plot_b_how_fast_how_exact.html>`__ bounds the steps of conjugate gradients by it. The
-# Hessian is positive definite only if :math:`\lambda` exceeds the size of its most negative
-# eigenvalue.
+# For the three semi-definite curvatures, no damped eigenvalue is below :math:`\lambda`. The
+# condition number, the largest eigenvalue :math:`\mu_1` over the smallest, drops from infinity to
+# :math:`\mu_1 / \lambda + 1`; `page B <plot_b_how_fast_how_exact.html>`__ bounds the steps of CG by
+# the condition number. The damped Hessian is positive definite only if :math:`\lambda` exceeds the
+# size of the most negative eigenvalue.
 
 for lam in (1e-3, 1e-2):
     print(f"λ = {lam}:")
@@ -465,7 +482,7 @@ for lam in (1e-3, 1e-2):
 # --------------
 #
 # .. fold:: All sigmoids are replaced by ReLUs, whose second derivative is zero wherever the
-#     derivative exists. How do the blocks of the four curvatures differ now?
+#     derivative exists. Do the blocks of the four curvatures still differ?
 #
 #    The blocks do not differ: with :math:`\sigma'' = 0`, the residual :math:`r` is zero in every
 #    layer, and all four curvatures have the blocks of the GGN. The full Hessian and the full GGN
@@ -473,18 +490,17 @@ for lam in (1e-3, 1e-2):
 #    weights of two layers.
 #
 # .. fold:: The labels are drawn from the model's own probabilities. What does the empirical Fisher
-#     approach with more and more images?
+#     approach as more and more labels are drawn?
 #
 #    The empirical Fisher approaches the Fisher matrix: the mean over drawn labels approaches the
 #    mean with the model's probabilities.
 #
-# .. fold:: Exercise: run ``curvature_blocks`` at ``x_init`` with a residual of your own,
-#     ``lambda s2, d: (s2 * d).abs() / 10``. How does the ``difference`` to the blocks of the GGN
-#     compare with that of the PCH?
+# .. fold:: Exercise: run ``curvature_blocks`` at ``x_init`` with a residual of your own, ``lambda
+#     s2, d: (s2 * d).abs() / 10``. Compare two ``difference`` to the blocks of the GGN: that of
+#     your blocks, and that of the PCH with abs. How large is their ratio?
 #
-#    The distance shrinks to a tenth. :math:`\delta` does not depend on the curvature, and the
-#    recursion is linear in :math:`H_z` and :math:`r`. So the blocks differ from the GGN by a linear
-#    function of :math:`r`.
+#    A tenth. :math:`\delta` does not depend on the curvature, and the recursion is linear in
+#    :math:`H_z` and :math:`r`. So the difference from the GGN is linear in :math:`r`.
 
 # Check the answers.
 G_blocks = blocks_of(G)

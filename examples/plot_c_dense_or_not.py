@@ -3,17 +3,17 @@ C. Dense or not
 ===============
 
 Why not store the curvature matrix, and factorize it? And if conjugate gradients
-(CG) stop early, which part of the Newton step is missing? This page goes
-deeper than `page 5 <plot_5_any_architecture.html>`__ into both questions. The
-system of a step,
+(CG) stop early, which part of the Newton step is missing? This page goes deeper
+into both questions, beside `page 5 <plot_5_any_architecture.html>`__. Each step
+solves
 
 .. math::
 
-   (C + \lambda I)\, v = -g ,
+   (C + \lambda I)\, v = -g .
 
-has here the `generalized Gauss-Newton matrix
-<plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) :math:`C = J^\top H_L\,
-J` of a whole network, or of its layers.
+On this page, :math:`C = J^\top H_L\, J` is the `generalized Gauss-Newton matrix
+<plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) of a whole network, or
+of its layers.
 
 *About 10 minutes to read, and two to run.* To run this page, ``pip install`` the
 package as the `front page <../index.html#run-it-yourself>`__ says.
@@ -23,10 +23,11 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # Until the matrix no longer fits
 # -------------------------------
 #
-# The network has one hidden layer of sigmoids, on images of 7 × 7 pixels. The
-# hidden layer grows wider. Three ways compute the Newton step of the whole
-# network. The first way is CG on products, until the residual is a thousandth of
-# the gradient.
+# How do time and memory grow with the network? Take a network with one hidden
+# layer of sigmoids, for images of 7 × 7 pixels, and make the hidden layer wider
+# and wider. Compute the Newton step of the whole network in three ways. The
+# **matrix-free** way is CG on products, until the residual is a thousandth of the
+# gradient:
 
 # What this page imports, and helpers.
 import statistics
@@ -87,11 +88,12 @@ def matrix_free_step(model):
 
 
 # %%
-# The second way forms the dense matrix and factorizes it. The third way lies
-# between the two. The GGN of :math:`N` images with ten outputs each has at most
-# the rank :math:`10 N`, here 640: with :math:`H_L = S S^\top`, the GGN is
-# :math:`U^\top U` for the short and wide matrix :math:`U = S^\top J`. Woodbury's
-# formula needs a solve of that size only,
+# The **dense** way forms the matrix and factorizes it. The third way, the formula
+# of **Woodbury**, solves a smaller system. With :math:`H_L = S S^\top` and
+# :math:`U = S^\top J`, the GGN is :math:`U^\top U`. For 64 images with ten
+# outputs each, :math:`U` has 640 rows. (The rank of the GGN is at most 576, as
+# `page 1 <plot_1_newton_step.html#generalized-gauss-newton>`__ says: the rows
+# depend on each other.) The formula needs one solve with a matrix of 640 × 640:
 #
 # .. math::
 #
@@ -127,11 +129,12 @@ def woodbury_step(model):
 
 
 # %%
-# The memory is counted, not measured. In single precision, the dense matrix of
-# :math:`n` parameters takes :math:`4 n^2` bytes, and Woodbury's :math:`U` takes
-# :math:`4 \cdot 640\, n`. The matrix-free way takes five vectors, the
-# gradient and the `four of CG <plot_2_conjugate_gradients.html#the-algorithm>`__,
-# and what the two graphs hold on to. PyTorch reports each tensor that a graph saves.
+# The memory is the size of the tensors, not a measured peak. In single precision,
+# the dense matrix of :math:`n` parameters takes :math:`4 n^2` bytes, and
+# Woodbury's :math:`U` takes :math:`4 \cdot 640\, n`. The matrix-free way takes
+# five vectors, the gradient and the `four vectors of CG
+# <plot_2_conjugate_gradients.html#the-algorithm>`__, and the tensors that the
+# graphs of the products save. PyTorch reports each tensor that a graph saves.
 
 
 # Count the bytes that the graphs hold on to.
@@ -161,7 +164,7 @@ def matrix_free_bytes(model):
 
 # %%
 
-# Take each step in the ways that end within seconds, and time them.
+# Take the steps by all ways that end within seconds, and time them.
 LARGEST = {"matrix-free": 4096, "Woodbury": 1024, "dense": 64}  # hidden units
 STEP = {"matrix-free": matrix_free_step, "Woodbury": woodbury_step}
 STEP["dense"] = dense_step
@@ -220,7 +223,7 @@ _ = describe(
 
 # Compare seconds and memory.
 first_too_large = sizes[(dense_memory > 16 * GB).int().argmax()]
-print(f"dense, {first_too_large:,} parameters: more than 16 GB")
+print(f"dense, {first_too_large:,} parameters: the first above 16 GB")
 ours, theirs = memory[-1] / 1e6, woodbury_memory[-1] / 1e6
 print(f"{sizes[-1]:,} parameters: {ours:.0f} MB matrix-free, ", end="")
 print(f"{theirs:.0f} MB by Woodbury's formula")
@@ -233,24 +236,26 @@ assert memory[-1] < 0.1 * GB
 assert dense_memory[-1] > 200 * GB
 
 # %%
-# All ways agree at the sizes that they reach. Twice the parameters take twice
-# the memory of the vectors, four times the memory of the matrix, and eight times
-# the operations of its factorization. A network of a hundred thousand parameters
-# is a small network, and its matrix no longer fits. The memory of Woodbury's
-# formula grows in proportion to the parameters, as the vectors do. But :math:`U`
-# has a row for each output of each image, and all rows have to be computed.
+# At the sizes that several ways reach, their steps agree to within 2 %. If the
+# number of parameters doubles, the memory of the vectors doubles, the memory of
+# the matrix grows fourfold, and the operations of its factorization eightfold. A
+# network of a hundred thousand parameters is a small network, and its matrix
+# takes 40 GB. The memory of Woodbury's formula grows in proportion to the
+# parameters, as the vectors do, but :math:`U` has 640 rows, and all of them have
+# to be computed.
 #
 # What a tolerance on the whole network allows
 # --------------------------------------------
 #
-# CG stops once the residual is small *as a whole*, :math:`\lVert r \rVert \le
-# \mathrm{tol}\, \lVert b \rVert` (`when to stop
-# <plot_2_conjugate_gradients.html#when-to-stop>`__). The squared norm is a sum
-# over the layers, :math:`\lVert b \rVert^2 = \sum_l \lVert b_l \rVert^2`. So a
-# layer with a small share of the sum hardly counts. For the `tutorial's network
-# <plot_3_matrix_free_optimization.html>`__ before training: what is each layer's
-# share? And how long is each layer's part of the step, compared with the exact
-# step?
+# With :math:`b = -g`, CG stops once :math:`\lVert r \rVert \le \mathrm{tol}\,
+# \lVert b \rVert` (see `page 2
+# <plot_2_conjugate_gradients.html#when-to-stop>`__). If the whole network is one
+# block, both norms cover all layers: the squared norm is a sum over the layers,
+# :math:`\lVert b \rVert^2 = \sum_l \lVert b_l \rVert^2`. So a layer with a small
+# share of the sum hardly counts. Take the `tutorial's network
+# <plot_3_matrix_free_optimization.html>`__ before training. What is each layer's
+# share? And how long is each layer's part of the step, relative to the same part
+# of the exact step?
 
 NAMES = ["conv 1", "conv 2", "linear 1", "linear 2"]
 
@@ -281,9 +286,10 @@ for tol in (0.1, 0.01):
     result = cg(A, b, tol=tol)
     length[tol] = layer_norms(result.x) / exact
     print(f"tol {tol}: {result.solve.products} products")
+print("layer       share   length, tol 0.1   tol 0.01")
 for i, name in enumerate(NAMES):
-    lengths = [f"{length[tol][i]:.3f}" for tol in length]
-    print(f"{name:8}: share {share[i]:.1e}, length", *lengths)
+    lengths = f"{length[0.1][i]:16.3f} {length[0.01][i]:10.3f}"
+    print(f"{name:8}  {share[i]:.1e}  {lengths}")
 
 # %%
 
@@ -314,13 +320,14 @@ _ = describe(
 )
 
 # %%
-# The last layer has nine tenths of :math:`\lVert b \rVert^2`. A tolerance of
-# 0.1 lets :math:`0.1^2 = 1\,\%` of :math:`\lVert b \rVert^2` remain, and both
-# convolutions together have less. As far as the residual tells, the
-# convolutions need not move, and their steps are less than a hundredth as long
-# as the exact steps. At a tolerance of 0.01, the second convolution's share
-# counts, and the whole step comes out within a few percent. With a block per
-# layer, a tolerance of 0.1 asks for a digit of *each* layer's gradient.
+# The last layer has nine tenths of :math:`\lVert b \rVert^2`. With a tolerance of
+# 0.1, CG may leave :math:`0.1^2 = 1\,\%` of :math:`\lVert b \rVert^2`, and both
+# convolutions together have less. So CG may stop before the convolutions have
+# moved. Their parts of the step are indeed less than a hundredth as long as the
+# exact parts. With a tolerance of 0.01, CG has to go on: the second convolution's
+# share is too large to be left, and all four parts come out within a few percent.
+# If each layer is a block with a system of its own, then a tolerance of 0.1
+# brings each layer's residual to a tenth of its own gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
@@ -332,12 +339,14 @@ assert ((length[0.01] - 1).abs() < 0.05).all()
 # The last layer alone
 # --------------------
 #
-# At a tolerance of 0.1, the last layer gets an eighth of its step, with nine
-# tenths of the gradient. Do the other layers cause this? Solve the last layer's
-# system alone, to the same tolerance, from three seeds. How long is the step, and
-# what part of the model's decrease does the step reach? And how strong is the
-# curvature :math:`p^\top A p / p^\top p` along the gradient, and along the
-# missing part of the step?
+# The last layer has nine tenths of :math:`\lVert b \rVert^2`. But with a
+# tolerance of 0.1, its part of the step is an eighth as long as the exact part.
+# Do the other layers cause this? Solve the last layer's system alone, to the same
+# tolerance, from three seeds. The output has the length of the step, and the
+# decrease of the quadratic model, both relative to the exact step. The output
+# also has the curvature :math:`p^\top A p / p^\top p` along the gradient, and
+# along the missing part of the step, which is the exact step minus the step of
+# CG:
 
 SEEDS = range(3)
 for seed in SEEDS:
@@ -351,23 +360,24 @@ for seed in SEEDS:
     part = loose.x.norm() / exact.x.norm()
     reaped = loose.solve.decrease / exact.solve.decrease
     print(f"seed {seed}: length {part:.2f}, decrease {reaped:.2f}, ", end="")
-    print(f"curvature {along[0]:.2f} and {along[1]:.4f}")
+    print(f"curvature {along[0]:.2f}, missing {along[1]:.4f}")
     assert part < 0.2 and reaped > 0.8
     assert along[0] > 1 and along[1] < 1.5 * 1e-3
 
 # %%
-# Solved alone, the last layer's step is as short. The missing part lies along
-# directions that hardly curve beyond the damping of 0.001, a thousandth of the
-# curvature along the gradient. There, :math:`A` is small: even if a long piece
-# of the step is missing, the residual :math:`r = A\, (x - x_k)` is small, and
-# little of the decrease is lost.
+# The other layers are not the cause: solved alone, the last layer's step is as
+# short as before. Along the missing part, the curvature is hardly more than the
+# damping of 0.001. Along the gradient, the curvature is above 1. The residual is
+# :math:`A` times the missing part: so a long part may be missing, and the
+# residual is small. The step reaches most of the decrease all the same.
 #
 # Does a tighter solve train better?
 # ----------------------------------
 #
-# Train at a tolerance of 0.01 for 16 steps, with `three kinds of blocks
-# <plot_5_any_architecture.html#blocks-parameter-layer-network>`__, from three
-# seeds:
+# Page 5 trains with a tolerance of 0.1. Here are the same trainings, with `three
+# kinds of blocks <plot_5_any_architecture.html#blocks-parameter-layer-network>`__
+# and a damping of 0.001, to a tolerance of 0.01: the medians of the last five of
+# 16 losses, from three seeds.
 
 KINDS = {
     "per parameter": per_parameter,
@@ -393,15 +403,13 @@ for label, blocks in KINDS.items():
             backward=backward,
         )
         late[label].append(statistics.median(history.loss[-5:]))
-    print(
-        f"{label:13}  late losses", *[f"{loss:6.2f}" for loss in late[label]]
-    )
+    print(f"{label:13}  losses", *[f"{loss:8.2f}" for loss in late[label]])
 
 # %%
-# Blocks per layer train on every seed, to late losses below 2, where guessing
-# has 2.3. Of the six runs of the two other kinds, some blow up, to late losses
-# above 3: which ones depends on the machine. A more exact solution of a model
-# of one mini-batch is not a safer step.
+# Blocks per layer train from every seed, to losses below the 2.3 of guessing. Of
+# the six runs of the two other kinds, some blow up, to losses above 3. Which runs
+# blow up depends on the machine. A more exact solution for one mini-batch does
+# not make a step safer.
 
 # Check the late losses.
 assert max(late["per layer"]) < 2  # 0.3 to 1.3, by machine and rounding
@@ -411,23 +419,24 @@ assert max(late["per parameter"] + late["network"]) > 3
 # Check yourself
 # --------------
 #
-# .. fold:: How large is the dense matrix of 50,000 parameters in single precision,
-#     and how large are the gradient and the four vectors of CG?
+# .. fold:: How large is the dense matrix of 50,000 parameters in single
+#     precision, and how large are the gradient and the four vectors of CG?
 #
-#    10 GB, :math:`4 n^2` bytes, and 1 MB, :math:`5 \cdot 4 n` bytes.
+#    The matrix takes :math:`4 n^2` bytes, 10 GB. The five vectors take :math:`5
+#    \cdot 4 n` bytes, 1 MB.
 #
-# .. fold:: A network is solved as one block, to a tolerance of 0.1. A layer has half
-#     a percent of the squared gradient. Can the solve end before that layer
+# .. fold:: A network is solved as one block, to a tolerance of 0.1. A layer has
+#     half a percent of the squared gradient. Can the solve end before that layer
 #     moves?
 #
-#    Yes. One percent of the square may remain, :math:`\mathrm{tol}^2`, and the
-#    layer has less than that.
+#    Yes. One percent of the squared gradient may remain, :math:`\mathrm{tol}^2`,
+#    and the layer has less.
 #
-# .. fold:: Change the code: set the damping of the last layer's system to 1. What part
-#     of the exact step does a tolerance of 0.1 reach?
+# .. fold:: Change the code: set the damping of the last layer's system to 1. What
+#     part of the exact step does a tolerance of 0.1 reach?
 #
-#    More than nine tenths, from each seed: with this damping, no direction
-#    curves much less than the gradient's.
+#    More than nine tenths, from each seed: with this damping, the curvature is at
+#    least 1 in every direction.
 
 # Check the answers.
 n = 50_000

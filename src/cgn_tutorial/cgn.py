@@ -96,7 +96,8 @@ def cg(
 
     which `cg` tests before the first product, so that b = 0 costs no product. CG updates the
     residual by a recurrence, and rounding lets the recurrence drift from b − A x. If the drift may
-    matter, `cg` computes b − A x by one more product, and restarts the iteration from x.
+    be as large as the residual, or may decide the test, `cg` computes b − A x by one more product,
+    and restarts the iteration from x, or ends if b − A x has not halved since the last time.
 
     Args:
         A: The function v ↦ A v, from and to tensors of the shape of `b`. A must be linear and

@@ -117,6 +117,12 @@ def file(url):
     return SITE / (urlsplit(url.removeprefix(BASE)).path or "index.html")
 
 
+def failure(request):
+    """What failed, unless the browser itself gave the request up, as it may an icon's."""
+    if request.failure != "net::ERR_ABORTED":
+        yield f"failed: {request.url}, {request.failure}"
+
+
 @contextmanager
 def visits(chromium):
     """A function that opens pages in a browser that has seen none before, until the end.
@@ -135,7 +141,7 @@ def visits(chromium):
         page.problems, page.requests, page.responses = [], [], []
         page.on("pageerror", lambda error: page.problems.append(f"script: {error}"))
         page.on("console", lambda line: line.type == "error" and page.problems.append(line.text))
-        page.on("requestfailed", lambda request: page.problems.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda request: page.problems.extend(failure(request)))
         page.on("request", lambda request: page.requests.append(request.url))
         page.on("response", lambda response: page.responses.append(response))
         page.goto(url)
