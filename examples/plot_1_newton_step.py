@@ -2,9 +2,9 @@ r"""
 1. From a quadratic model to a matrix-free step
 ===============================================
 
-Gradient descent follows the slope of the loss. Newton's method also measures the *curvature*, the
-change of the slope, builds a quadratic model of the loss, and steps towards the minimum of this
-model:
+What is a Newton step, and how does a step use a matrix that is too large to store? Gradient descent
+follows the slope of the loss. Newton's method also measures the *curvature*, the change of the
+slope, builds a quadratic model of the loss, and steps towards the minimum of this model:
 
 .. math::
 
@@ -12,8 +12,8 @@ model:
 
 Here :math:`x` are the parameters, :math:`g` is the gradient, :math:`C` the curvature, :math:`v` the
 step, :math:`\lambda` the damping and :math:`\gamma` the step size. This page builds the formula
-from one dimension up. Which matrix is :math:`C` for a neural network? How can a solver use a matrix
-that is too large to store?
+from one dimension up, asks which matrix is :math:`C` for a neural network, and multiplies by this
+matrix without storing it.
 
 *About 25 minutes to read, and one to run.* In a hurry? Read `the tutorial in 20 minutes
 <index.html#way-through>`__. To run this page, ``pip install`` the package as the `front page

@@ -2,11 +2,12 @@ r"""
 2. Conjugate gradients from scratch
 ===================================
 
-A Newton step (`page 1 <plot_1_newton_step.html>`__) is the solution of a linear
-system :math:`A x = b`. The matrix is the damped curvature, :math:`A = C +
-\lambda I`. The right-hand side is the negative gradient, :math:`b = -g`. On
-this page, :math:`x` is the step, which page 1 calls :math:`v`. The matrix is
-too large to store, but a product with :math:`A` costs only a few gradients.
+How do products with a matrix solve a linear system? A Newton step (`page 1
+<plot_1_newton_step.html>`__) is the solution of a system :math:`A x = b`. The
+matrix is the damped curvature, :math:`A = C + \lambda I`. The right-hand side
+is the negative gradient, :math:`b = -g`. On this page, :math:`x` is the step,
+which page 1 calls :math:`v`. The matrix is too large to store, but a product
+with :math:`A` costs only a few gradients.
 
 The method of conjugate gradients (CG) solves the system by such products alone.
 How does CG work, when should CG stop, and what happens at negative curvature?

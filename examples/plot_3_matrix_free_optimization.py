@@ -2,11 +2,11 @@ r"""
 3. Matrix-free second-order optimization
 ========================================
 
-On a convolutional network full of sigmoids, 50 steps of plain gradient descent
-change almost nothing. This page writes an optimizer that trains the network in
-50 steps. Going back through a sigmoid multiplies the gradient by at most one
-quarter, and the network has three sigmoids in a row: in the first layers,
-gradients vanish.
+This page writes an optimizer that trains a network in 50 steps. On this
+network, convolutional and full of sigmoids, 50 steps of plain gradient descent
+change almost nothing. Going back through a sigmoid multiplies the gradient by
+at most one quarter, and the network has three sigmoids in a row: in the first
+layers, gradients vanish.
 
 A step moves the parameters :math:`x` to :math:`x + \gamma v`. The Newton step
 :math:`v` solves

@@ -2,11 +2,12 @@ r"""
 4. Is it worth it?
 ==================
 
-`Page 3 <plot_3_matrix_free_optimization.html>`__ trained a network in 50 Newton steps.
-But a Newton step costs as much as several gradients, and plain gradient descent is a
-weak rival. On this page, Newton steps race by the clock against tuned Adam, Muon and
-others. The page shows what the `full experiments <../experiments.html>`__ found, and
-repeats a part of the race from two new seeds.
+Are Newton steps worth their price? `Page 3 <plot_3_matrix_free_optimization.html>`__
+trained a network in 50 Newton steps. But a Newton step costs as much as several
+gradients, and plain gradient descent is a weak rival. On this page, Newton steps race
+by the clock against tuned Adam, Muon and others. The page shows what the `full
+experiments <../experiments.html>`__ found, and repeats a part of the race from two new
+seeds.
 
 A Newton step solves :math:`(C + \lambda I)\, v = -g` by conjugate gradients (CG), with
 the generalized Gauss-Newton matrix (GGN) :math:`C`, the gradient :math:`g` and the

@@ -2,11 +2,10 @@ r"""
 5. Any architecture
 ===================
 
-BackPACK needs a rule for each module of a network. How does a network train with
-curvature, if BackPACK has no rule for one of the modules? This page computes
-curvature products by automatic differentiation alone, for any model and loss that
-PyTorch can differentiate twice. The optimizer stays as it is, and each step still
-solves
+How does a network train with curvature, if BackPACK has no rule for one of its
+modules? This page computes curvature products by automatic differentiation alone,
+for any model and loss that PyTorch can differentiate twice. The optimizer stays as
+it is, and each step still solves
 
 .. math::
 

@@ -3,8 +3,8 @@ r"""
 ================
 
 Newton steps suit **least squares to many digits**: fits, and networks that solve
-differential equations. On five of the six problems below, the best tuned method of
-torch and SciPy has 9.4 to 140 times the error of Newton steps in the same time. A dense
+differential equations. On five of six such problems, the best tuned method of torch and
+SciPy has 9.4 to 140 times the error of Newton steps in the same time. A dense
 self-scaled Broyden method (SSBroyden), which was written for this page, is ahead of
 Newton steps on four problems, and behind on one. On the largest network, SSBroyden did
 not race: its matrix would take 780 MB.

@@ -2,9 +2,10 @@ r"""
 A. Positive curvature, Fisher and their kin
 ===========================================
 
-`Page 1 <plot_1_newton_step.html>`__ splits the Hessian of a network into the generalized
-Gauss-Newton matrix (GGN) and a residual, :math:`H = G + R`. This page first relates the GGN to the
-Fisher matrix. Then a backward recursion shows which part of the residual each layer adds, and the
+Which matrices without negative eigenvalues can take the place of the Hessian? `Page 1
+<plot_1_newton_step.html>`__ splits the Hessian of a network into the generalized Gauss-Newton
+matrix (GGN) and a residual, :math:`H = G + R`. This page first relates the GGN to the Fisher
+matrix. Then a backward recursion shows which part of the residual each layer adds, and the
 *positive-curvature Hessian* (PCH) changes this part. The page compares the recursion with dense
 matrices and with the library BackPACK, and at the end the eigenvalues of four curvatures.
 

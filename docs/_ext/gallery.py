@@ -43,7 +43,7 @@ DEEPER = """\
 Going deeper
 ------------
 
-What stands beside the thread of the numbered pages: proofs, relatives, and limits.
+Each of these pages answers a further question: with proofs, related matrices, and limits.
 """
 
 
