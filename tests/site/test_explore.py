@@ -192,7 +192,7 @@ def check_runs(figure):
     (table,) = (
         block.get_text()
         for block in soup(KINDS["runs"]).select(".sphx-glr-script-out pre")
-        if "of the four layers" in block.get_text()
+        if "of the layers, first step" in block.get_text()
     )
     damping, late, products, *lengths = table.splitlines()[1 + run].split()
     assert float(figure.setting("run")) == float(damping)

@@ -67,7 +67,8 @@ def train(
 
     for step in range(len(losses), steps):
         mine = batch_of(step, batch_size).chunk(processes)[i]
-        inputs, targets = images[mine].to(device), labels[mine].to(device)
+        inputs = images[mine].to(device)
+        targets = labels[mine].to(device)
         optimizer.zero_grad()
         outputs = replica(inputs)
         loss = cross_entropy(outputs, targets)
