@@ -199,8 +199,9 @@ def test_page_7_says_what_the_tables_say():
 
     published = pinn.load_published()["poisson_2d"]
     early, late = published["at_60_s"], published["at_1000_s"]
-    for method in ("Hessian-free", "ENGD (per layer)", "ENGD (full)"):
-        assert 2 * late[method] < ours < 2 * early[method]
+    assert ours < 2 * min(early.values())
+    for method in ("Hessian-free", "KFAC", "KFAC*", "ENGD (per layer)", "ENGD (full)"):
+        assert 2 * late[method] < ours
     ratio = poisson["L-BFGS, scaled loss"] / (2 * early["L-BFGS"])
     assert f"L-BFGS with the scaled loss has {ratio:.1f} times the error of their" in text
     assert 2 * early["SGD"] < poisson["Momentum"]
@@ -216,13 +217,10 @@ def test_the_front_page_and_readme_say_how_often_and_by_how_much():
         factors.append(float(f"{best / ours:.2g}"))
     large = sorted(factor for factor in factors if factor > 5)
     assert (len(large), len(factors), large[0], large[-1]) == (5, 6, 9.4, 140)
-    for path, words in (
-        ("README.md", "five of six"),
-        ("docs/index.rst", "five such problems of six"),
-    ):
+    for path in "README.md", "docs/index.rst":
         text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
-        assert words in text
-        assert "9.4 to 140 times the error in the same time" in text
+        assert "five of six" in text
+        assert "9.4 to 140 times the error of Newton steps in the same time" in text
         assert re.search(r"Broyden method[^.]* ahead [^.]*on four", text)
     behind = [
         problem
