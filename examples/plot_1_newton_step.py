@@ -273,6 +273,9 @@ end = start + gamma * torch.linalg.solve(C + lam * eye, -g)
 part = gamma * curvatures / (curvatures + lam)
 print(f"λ = {lam}: x₁ goes {part[0]:.0%} of its way, x₂ {part[1]:.0%}")
 assert torch.allclose(1 - end / start, part)
+assert torch.allclose(
+    curvatures / (curvatures + 4), torch.tensor([1 / 5, 5 / 6])
+)
 
 much = 1e4  # far above all eigenvalues: gradient descent
 v = torch.linalg.solve(C + much * eye, -g)
@@ -308,8 +311,9 @@ _ = explorable(fig, "valley", settings)
 
 # %%
 # At :math:`\lambda = \mu` and :math:`\gamma = 1`, the step goes half the way. A damping between the
-# two curvatures shortens the step along the flat direction, and hardly along the steep one. The
-# step size :math:`\gamma` shortens both directions alike.
+# two curvatures shortens the step more along the flat direction: with 4, a fifth of the way is left
+# there, and five sixths along the steep direction. The step size :math:`\gamma` shortens both
+# directions alike.
 #
 # Null directions
 # ---------------
@@ -522,9 +526,9 @@ assert rank <= 5 * 2
 #
 # Smaller systems are easier to solve. A **block** is the square part of the matrix that belongs to
 # some of the parameters, here to one tensor, a weight or a bias. A block-diagonal curvature keeps
-# the blocks and drops the rest, so that each block has a system of its own. Along a :math:`v` that
-# is zero outside a block, the matrix and the block have the same curvature. So the blocks of a
-# positive semi-definite matrix are positive semi-definite.
+# the blocks and drops the rest, so that each block has a system of its own. If :math:`v` is zero
+# outside a block, then :math:`v^\top G\, v` contains the entries of the block alone. So the blocks
+# of a positive semi-definite matrix are positive semi-definite.
 #
 # How much of the matrix do the blocks hold? The next figure outlines the blocks. Each row and each
 # column belongs to one parameter.
@@ -585,7 +589,7 @@ from cgn_tutorial.pages import make_model
 
 model = make_model()
 for n in sum(p.numel() for p in model.parameters()), 10**9:
-    print(f"{n:,} parameters: vector {4 * n / 1e6:,.2g} MB,")
+    print(f"{n:,} parameters: vector {4 * n / 1e6:,.2f} MB,")
     print(f"    matrix {4 * n**2 / 1e9:,.1f} GB")
 
 # %%
@@ -597,9 +601,10 @@ for n in sum(p.numel() for p in model.parameters()), 10**9:
 # left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`.
 #
 # PyTorch's ``vjp`` returns the value of a function, and a second function, ``Jt``: :math:`u \mapsto
-# J^\top u`. The function ``Jt`` is linear, with the matrix :math:`J^\top`. So the ``vjp`` of ``Jt``
-# multiplies by the transpose of :math:`J^\top`, which is :math:`J` (Jamie Townsend, "A new trick
-# for calculating Jacobian vector products", 2017). Two ``vjp`` give :math:`J v`:
+# J^\top u`. The function ``Jt`` is linear, with the matrix :math:`J^\top`. So the ``vjp`` of
+# ``Jt``, at any point, multiplies by the transpose of :math:`J^\top`, which is :math:`J` (Jamie
+# Townsend, "A new trick for calculating Jacobian vector products", 2017). Two ``vjp`` give :math:`J
+# v`:
 
 from torch.func import vjp
 

@@ -141,9 +141,9 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # %%
 # Gradient descent turns at a right angle in the left panel. So the third step
 # is parallel to the first step, and repairs what the second step undid. CG
-# turns at a right angle in the right panel. There, the first step ends where
-# the step touches a circle. The second step is at a right angle to the first,
-# and so leads to the centre of the circles.
+# turns at a right angle in the right panel. There, the first step is tangent to
+# the circle on which the step ends. A line at a right angle to a tangent leads
+# to the centre: this line is the second step.
 #
 # What if the valley is longer, and the start is another one? Let :math:`\kappa`
 # be the larger eigenvalue of :math:`A` over the smaller one. From which start
@@ -262,9 +262,9 @@ _ = describe(
 )
 
 # %%
-# Gradient descent repeats its steps: the cosine between a step and the second
-# next step is above one half. Each step of CG settles one direction for good,
-# and twelve steps solve for twelve unknowns.
+# Gradient descent repeats its steps: the cosine between a step and the step
+# after the next one is above one half. Each step of CG settles one direction
+# for good, and twelve steps solve for twelve unknowns.
 #
 # The algorithm
 # -------------

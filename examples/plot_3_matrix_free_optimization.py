@@ -338,9 +338,11 @@ assert (after[3] < 0.95).all()
 # - the **GGN** drops the second derivatives of the network;
 # - the **Hessian** drops nothing, and has negative eigenvalues;
 # - two **positive-curvature Hessians** (PCH; Chen, Chou and Chang, `2018
-#   <https://arxiv.org/abs/1802.06502>`__) make negative terms of the residual
-#   positive (abs) or zero (clip). BackPACK's variant of both `hardly differs
-#   from the GGN <plot_a_positive_curvature.html#backpack-s-products>`__ here.
+#   <https://arxiv.org/abs/1802.06502>`__) keep the residual :math:`R` of page
+#   1, but with its negative terms turned positive (abs) or to zero (clip).
+#   BackPACK's PCH has `one factor too many
+#   <plot_a_positive_curvature.html#backpack-s-products>`__, and here is close
+#   to the GGN.
 #
 # As in the published run, CG on the Hessian ignores negative curvature, and
 # goes on: page 2 calls this plain CG.

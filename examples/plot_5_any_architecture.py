@@ -111,19 +111,21 @@ for label, model in attempts.items():
 # The `generalized Gauss-Newton matrix
 # <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) is :math:`G = J^\top
 # H_L\, J`, with the Jacobian :math:`J` of the outputs :math:`z` and the Hessian
-# :math:`H_L` of the loss :math:`\ell(z)`. A backward pass multiplies by the
-# transpose of a Jacobian. Three backward passes are enough for a product :math:`G p
-# = J^\top (H_L (J p))`:
+# :math:`H_L` of the loss :math:`\ell(z)`. A backward pass multiplies an incoming
+# vector by the transpose of a Jacobian. Two backward passes per batch, and two for
+# each product :math:`G p = J^\top (H_L (J p))`, are enough:
 #
-# - **Once per batch:** a backward pass from the outputs, which starts from any
-#   vector :math:`u`, gives :math:`J^\top u`. This pass builds a graph of its own.
-# - **The right factor:** :math:`J^\top u` is linear in :math:`u`, with the matrix
-#   :math:`J^\top`. A backward pass through the new graph, which starts from
-#   :math:`p`, multiplies by the transpose, and gives :math:`J p`.
-# - **The other factors:** the outputs' gradient :math:`g_z = \nabla_z \ell` has the
-#   Jacobian :math:`H_L J` with respect to the parameters. A backward pass from
-#   :math:`g_z`, which starts from :math:`J p`, gives :math:`(H_L J)^\top J p = G
-#   p`, since :math:`H_L` is symmetric.
+# - **Once per batch:** a pass from the loss to the outputs gives :math:`g_z =
+#   \nabla_z \ell`. A pass from the outputs to the parameters, with the incoming
+#   vector :math:`u`, gives :math:`J^\top u`. For :math:`u = g_z`, this is the
+#   gradient. Both passes build graphs.
+# - **For each product, first:** :math:`J^\top u` is linear in :math:`u`, with the
+#   matrix :math:`J^\top`. A pass from :math:`J^\top u` to :math:`u`, with the
+#   incoming vector :math:`p`, multiplies by the transpose, and gives :math:`J p`.
+# - **For each product, second:** :math:`g_z` has the Jacobian :math:`H_L J` with
+#   respect to the parameters. A pass from :math:`g_z` to the parameters, with the
+#   incoming vector :math:`J p`, gives :math:`(H_L J)^\top J p = G p`, since
+#   :math:`H_L` is symmetric.
 
 # Draw the passes as arrows between parameters, outputs and loss.
 import matplotlib.pyplot as plt
@@ -168,9 +170,8 @@ _ = describe(
 )
 
 # %%
-# In the figure, each arrow is a pass. The vector at the tail starts the pass, and
-# the pass leaves the result at the head. For a block of one parameter tensor
-# :math:`x`, the code is:
+# In the figure, each arrow is a pass, with the incoming vector at the tail and the
+# result at the head. For a block of one parameter tensor :math:`x`, the code is:
 
 from torch.autograd import grad
 
@@ -406,10 +407,10 @@ _ = describe(
 
 # %%
 # The closer a layer is to the loss, the cheaper is its product: a product of the
-# first convolution takes as long as many products of the last layer. The product of
-# the whole network passes through all layers once. If a network is small, its
-# matrix may fit in memory: `page C <plot_c_dense_or_not.html>`__ compares dense and
-# matrix-free steps.
+# first convolution takes many times as long as a product of the last layer. The
+# product of the whole network passes through all layers once. If a network is
+# small, its matrix may fit in memory: `page C <plot_c_dense_or_not.html>`__
+# compares dense and matrix-free steps.
 #
 # Blocks: parameter, layer, network
 # ---------------------------------
@@ -458,10 +459,9 @@ _ = describe(
 
 # %%
 # The entries outside the squares are set to zero. Do larger blocks need fewer
-# products, or less time? Train the tutorial's network for 16 steps, with a
-# tolerance of 0.1 and a damping of 0.001, from three seeds. Products and seconds
-# are means over the seeds. The late loss is the median of the last five losses, one
-# number for each seed.
+# products? Train the tutorial's network for 16 steps, with a tolerance of 0.1 and a
+# damping of 0.001, from three seeds. Products and seconds are means over the seeds.
+# The late loss is the median of the last five losses, one number for each seed.
 
 
 # A function that trains with one kind of blocks.
@@ -730,9 +730,7 @@ assert solve.products < 10
 # .. fold:: A step with the GGN has one block, and its solve takes ten products. How
 #     many backward passes does the step take?
 #
-#    22: two passes give the gradient and build the graphs, and each product takes
-#    two. The very first step takes one more, which checks that autograd sees all
-#    parameters.
+#    22: two passes per batch, and two for each product.
 #
 # .. fold:: Why does a product of the last layer cost less than a product of the
 #     first layer?

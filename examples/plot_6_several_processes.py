@@ -151,9 +151,9 @@ for label, (layer, loss_function) in CASES.items():
 
 # %%
 # With a sum and four processes, gradient and curvature are a quarter of what they
-# should be. But :math:`\lambda` is not, and damps four times as much. With
-# BatchNorm or dropout, all processes take the same step, but this is not the step
-# of one process with the whole batch.
+# should be. But :math:`\lambda` keeps its size, and so damps four times as
+# strongly. With BatchNorm or dropout, all processes take the same step, but this
+# is not the step of one process with the whole batch.
 
 # Check the differences.
 assert gaps["nothing special"] < 1e-12
@@ -170,10 +170,9 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 #
 # The backward pass leaves gradients and products on the parameters, and
 # ``step()`` reads them there. Between the two, ``whole_batch`` replaces the
-# products by averages over all processes. For this, ``whole_batch`` has a
-# ``Share``, this process's part of the batch, with the weight :math:`n_i / N`.
-# The method ``mean`` of a ``Share`` takes one weighted average, by one message,
-# an all-reduce:
+# products by averages over all processes, and returns a ``Share``: this process's
+# part of the batch, with the weight :math:`n_i / N`. Each average is a call of
+# the method ``mean``, with one message, an all-reduce:
 
 import inspect
 from textwrap import dedent
@@ -389,9 +388,9 @@ _ = describe(
 )
 
 # %%
-# With ten times the work, about three times as many processes are the fastest.
-# The `benchmarks <../benchmarks.html#several-processes>`__ have measured times
-# and bytes, and the formula with the bandwidth.
+# With ten times the work, the best number of processes is about three times as
+# large. The `benchmarks <../benchmarks.html#several-processes>`__ have measured
+# times and bytes, and the formula with the bandwidth.
 #
 # Check yourself
 # --------------

@@ -6,8 +6,9 @@ Which matrices without negative eigenvalues can take the place of the Hessian? `
 <plot_1_newton_step.html>`__ splits the Hessian of a network into the generalized Gauss-Newton
 matrix (GGN) and a residual, :math:`H = G + R`. This page first relates the GGN to the Fisher
 matrix. Then a backward recursion shows which part of the residual each layer adds, and the
-*positive-curvature Hessian* (PCH) changes this part. The page compares the recursion with dense
-matrices and with the library BackPACK, and at the end the eigenvalues of four curvatures.
+*positive-curvature Hessian* (PCH) changes this part. The page checks the recursion against dense
+matrices and against the library BackPACK. At the end, the page compares the eigenvalues of four
+curvatures.
 
 *About 25 minutes to read, and one to run.* To run this page, ``pip install`` the package as the
 `front page <../index.html#run-it-yourself>`__ says.
@@ -282,9 +283,9 @@ _ = describe(
 # <https://openreview.net/forum?id=BJlrF24twB>`__. The function ``extend`` makes a module known to
 # BackPACK, and BackPACK then follows the backward pass through the known modules. On each parameter
 # ``p``, BackPACK leaves a function that multiplies the parameter's block by V vectors at once,
-# ``[V, *p.shape] → [V, *p.shape]``. The *extension* chooses the curvature, and the function is an
-# attribute of ``p`` that is called like the ``savefield`` of the extension. The products with all
-# unit vectors are the columns of the block.
+# ``[V, *p.shape] → [V, *p.shape]``. An *extension* chooses the curvature, and the function is
+# ``getattr(p, extension.savefield)``. The products with all unit vectors are the columns of the
+# block.
 
 import copy
 import warnings
@@ -319,7 +320,7 @@ for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
 # %%
 # How does BackPACK compute the PCH? Compare BackPACK's PCH with the definition above, and with a
 # variant that multiplies by :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
-# The second line of each pair compares the definition, and the variant, with the GGN.
+# The output has the relative differences to both, of BackPACK's PCH and of the GGN.
 
 for modify in ("abs", "clip"):
     residual = RESIDUALS[f"PCH, {modify}"]
@@ -329,10 +330,10 @@ for modify in ("abs", "clip"):
         x_init, lambda s2, d, residual=residual: residual(s2, d * d)
     )
     errors = [difference(theirs, blocks) for blocks in (once, twice)]
-    print(f"BackPACK's PCH, {modify}, to δ once, twice:", end=" ")
-    print(f"{errors[0]:.1e}, {errors[1]:.1e}")
+    print(f"{modify:4}            to δ once   to δ twice")
+    print(f"BackPACK's PCH   {errors[0]:.1e}     {errors[1]:.1e}")
     ggn = [difference(b, blocks_of(G)) for b in (once, twice)]
-    print(f"    the GGN, to δ once, twice: {ggn[0]:.1e}, {ggn[1]:.1e}")
+    print(f"GGN              {ggn[0]:.1e}     {ggn[1]:.1e}")
     assert min(errors) < 1e-12
     assert ggn[1] < ggn[0] / 100
 
@@ -364,10 +365,10 @@ for name, x in (("initialisation", x_init), ("trained", x_trained)):
 assert loss(x_trained) < 0.1 * loss(x_init)
 
 # %%
-# Each mark of the next figure is one eigenvalue of the block-diagonal matrix; page 1 lists those of
-# the full Hessian. The axis is linear up to :math:`10^{-5}` and logarithmic beyond. The output
-# counts the eigenvalues that are negative beyond rounding, and has the smallest and the largest
-# eigenvalue.
+# Each mark of the next figure is one eigenvalue of the block-diagonal matrix; the eigenvalues on
+# page 1 are those of the full Hessian. The axis is linear up to :math:`10^{-5}` and logarithmic
+# beyond. The output counts the eigenvalues that are negative beyond rounding, and has the smallest
+# and the largest eigenvalue.
 
 
 def spectrum(x, name):

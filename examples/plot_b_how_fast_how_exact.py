@@ -439,13 +439,13 @@ for kappa, steps in ((1e3, 400), (1e6, 2000)):
 # Drift and its cure
 # ------------------
 #
-# ``cg`` estimates how far the two residuals have drifted apart. If the drift may be as large as the
-# residual, or may decide whether the residual meets the tolerance, ``cg`` computes :math:`b - A
-# x_k`, for one more product. If :math:`b - A x_k` has halved since the last time, ``cg`` goes on
-# from :math:`x_k`. Otherwise the solve ends, with the reason ``"stagnation"`` if the tolerance is
-# not met. SciPy's ``cg`` stops by the residual of the recurrence. Solve a system of 400 unknowns
-# with a condition number of 10,000, in float32, to a tolerance of 1e-5. How large is :math:`b - A
-# x`, relative to :math:`b`, at the end?
+# ``cg`` estimates how far the two residuals have drifted apart. If the drift has reached the size
+# of the residual, or may decide whether the tolerance is met, ``cg`` computes :math:`b - A x_k`
+# anew, for one more product. If the new residual is at most half of the last one computed so, CG
+# starts again from :math:`x_k`. If not, the solve ends, with the reason ``"stagnation"`` unless the
+# tolerance is met. SciPy's ``cg`` stops by the residual of the recurrence. Solve a system of 400
+# unknowns with a condition number of 10,000, in float32, to a tolerance of 1e-5. How large is
+# :math:`b - A x`, relative to :math:`b`, at the end?
 
 from scipy.sparse import linalg
 

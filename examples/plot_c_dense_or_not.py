@@ -368,8 +368,8 @@ for seed in SEEDS:
 # The other layers are not the cause: solved alone, the last layer's step is as
 # short as before. Along the missing part, the curvature is hardly more than the
 # damping of 0.001. Along the gradient, the curvature is above 1. The residual is
-# :math:`A` times the missing part: so a long part may be missing, and the
-# residual is small. The step reaches most of the decrease all the same.
+# :math:`A` times the missing part. So the residual is small, although the missing
+# part is long. The step reaches most of the decrease all the same.
 #
 # Does a tighter solve train better?
 # ----------------------------------

@@ -28,7 +28,7 @@ def whole_batch(optimizer: CGNOptimizer, batch_size: int, group: Any = None) -> 
     """Replace the gradients and curvature products of this process by those of the whole batch.
 
     Call this function after the backward pass, and before `optimizer.step()`. If you pass a closure
-    to `step()`, call this function in the closure:
+    to `step()`, call this function in the closure::
 
         loss.backward()                                   # or curvature.backward(loss, outputs)
         share = whole_batch(optimizer, len(inputs))

@@ -224,7 +224,7 @@ def bench_resnet(quick: bool) -> list[Row]:
             "products": str(products),
             "seconds per step": f"{duration:.1f}",
             "milliseconds per product": f"{1e3 * duration / products:.0f}",
-            "per forward and backward": f"{1e3 * statistics.median(gradients):.0f}",
+            "milliseconds per gradient": f"{1e3 * statistics.median(gradients):.0f}",
             "peak memory of the step, MB": f"{peak_memory(step) / MB:.0f}",
             "of forward and backward, MB": f"{gradient_memory / MB:.0f}",
         }
