@@ -187,6 +187,7 @@ for network in ("sigmoid MLP", "ReLU CNN"):
 # the table. After a test of the accuracy, the next test follows at 1.5 times as many
 # steps, or at 1.15 times once the mini-batch accuracy exceeds 0.8.
 
+# The settings.
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
 MUON = Setting(
     "Muon",
@@ -228,6 +229,9 @@ WITH_MUON = Setting(
     horizon=110,
     **LAST,
 )
+
+# %%
+
 SEEDS = (5, 6)
 reached = {}
 for seed in SEEDS:
@@ -421,8 +425,8 @@ assert max(error.pop("λ = 0.03")) < min(
 # Check yourself
 # --------------
 #
-# .. fold:: Exercise: in the cell of the race above, make the damping of ``NEWTON`` ten
-#     times as large, and run the cell again. How many steps does CGN take to 90 %?
+# .. fold:: Exercise: in the settings of the race above, make the damping of ``NEWTON``
+#     ten times as large, and run the race again. How many steps does CGN take to 90 %?
 #
 #    From both seeds, CGN takes more than twice as many steps as before.
 #
