@@ -438,12 +438,12 @@ results = {
 }
 STYLES = {
     "Momentum": ("gray", ":"),
-    "Adam": ("purple", "--"),
+    "Adam": ("gray", "--"),
     "L-BFGS, scaled loss": ("green", "-."),
     "Adam, then L-BFGS": ("green", "--"),
     "BFGS (SciPy)": ("red", ":"),
     "SSBroyden": ("red", "-"),
-    "least_squares (SciPy)": ("orange", "-."),
+    "least_squares (SciPy)": ("purple", "-"),
     "CGN, Nyström": ("blue", "--"),
     "CGN, exact": ("blue", "-"),
 }
