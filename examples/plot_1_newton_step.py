@@ -311,9 +311,9 @@ _ = explorable(fig, "valley", settings)
 
 # %%
 # At :math:`\lambda = \mu` and :math:`\gamma = 1`, the step goes half the way. A damping between the
-# two curvatures shortens the step more along the flat direction: with 4, a fifth of the way is left
-# there, and five sixths along the steep direction. The step size :math:`\gamma` shortens both
-# directions alike.
+# two curvatures shortens the step more along the flat direction: with 4, the step goes a fifth of
+# its way there, and five sixths of its way along the steep direction. The step size :math:`\gamma`
+# shortens both directions alike.
 #
 # Null directions
 # ---------------

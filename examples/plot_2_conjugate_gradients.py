@@ -141,9 +141,9 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # %%
 # Gradient descent turns at a right angle in the left panel. So the third step
 # is parallel to the first step, and repairs what the second step undid. CG
-# turns at a right angle in the right panel. There, the first step is tangent to
-# the circle on which the step ends. A line at a right angle to a tangent leads
-# to the centre: this line is the second step.
+# turns at a right angle in the right panel, in the coordinates :math:`y`. The
+# first step ends where it touches a circle. The radius at this point is at a
+# right angle to the step, and leads to the centre: this is the second step.
 #
 # What if the valley is longer, and the start is another one? Let :math:`\kappa`
 # be the larger eigenvalue of :math:`A` over the smaller one. From which start
@@ -586,7 +586,8 @@ _ = describe(
 #    b = \begin{bmatrix} 1 \\ 2 \end{bmatrix}.
 #
 # Here are the steps of plain CG, ``negative_curvature="ignore"``. The last line
-# is the default of ``cg``, which stops:
+# of the output is the result of ``cg`` by default,
+# ``negative_curvature="stop"``:
 
 diagonal = torch.tensor([1.0, -2.0]).double()
 b = torch.tensor([1.0, 2.0]).double()

@@ -36,8 +36,8 @@ the package as the `front page <../index.html#run-it-yourself>`__ says.
 # One step
 # --------
 #
-# CG asks for products of :math:`C` with vectors :math:`p`. PyTorch computes
-# each product :math:`C p` from the graph of the loss, and the matrix is never
+# CG asks for products of :math:`C` with vectors :math:`p`. Automatic
+# differentiation gives each product :math:`C p`, and the matrix is never
 # stored.
 
 # Draw one step as a cycle of four boxes.
@@ -338,11 +338,11 @@ assert (after[3] < 0.95).all()
 # - the **GGN** drops the second derivatives of the network;
 # - the **Hessian** drops nothing, and has negative eigenvalues;
 # - two **positive-curvature Hessians** (PCH; Chen, Chou and Chang, `2018
-#   <https://arxiv.org/abs/1802.06502>`__) keep the residual :math:`R` of page
-#   1, but with its negative terms turned positive (abs) or to zero (clip).
-#   BackPACK's PCH has `one factor too many
-#   <plot_a_positive_curvature.html#backpack-s-products>`__, and here is close
-#   to the GGN.
+#   <https://arxiv.org/abs/1802.06502>`__) change the residual :math:`R` of page
+#   1, in one of two ways (abs, clip), so that `no eigenvalue is negative
+#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. BackPACK's
+#   versions are `close to the GGN
+#   <plot_a_positive_curvature.html#backpack-s-products>`__ here.
 #
 # As in the published run, CG on the Hessian ignores negative curvature, and
 # goes on: page 2 calls this plain CG.
@@ -719,7 +719,7 @@ for label, color, style, place, name in (
 upper.set(xlabel="step", xlim=(0, 50))
 for label, color, place, name in (
     ("Adam", "orange", (0.12, 0.5), "Adam"),
-    ("CGN", "blue", (0.8, 1.2), "CGN"),
+    ("CGN", "blue", (1.05, 1.4), "CGN"),
 ):
     recent = [
         sum(trained[max(i - 9, 0) : i + 1]) / min(i + 1, 10)

@@ -107,7 +107,10 @@ _ = describe(
 
 # %%
 # The table has the medians over the five seeds: seconds, and then steps, to an accuracy
-# of 90, 95 and 97 percent. "Never" means that most runs did not get there.
+# of 90, 95 and 97 percent. Accuracy is tested at some steps only, each test at 1.5
+# times the steps of the last one, or at 1.15 times once the mini-batch accuracy exceeds
+# 0.8: so contenders may have equal steps. "Never" means that most runs did not get
+# there.
 
 
 def typical(goal, contender, unit="seconds"):
@@ -141,7 +144,8 @@ for contender in STYLES:
 # So on this network, whose gradients vanish, curvature is not the fastest way, and
 # Newton steps in the last layer do not make a well-tuned Muon faster. With less tuning,
 # the order changes: with `one or two random settings each
-# <../experiments.html#what-does-the-tuning-cost>`__, CGN + Muon is the first to 90 %.
+# <../experiments.html#what-does-the-tuning-cost>`__, from one tuning seed, CGN + Muon
+# is the first to 90 %.
 #
 # The experiments have two more networks, with 12 random settings for each contender and
 # `no tuning by hand <../experiments.html#who-wins>`__. On **a perceptron with five
@@ -184,8 +188,7 @@ for network in ("sigmoid MLP", "ReLU CNN"):
 # %%
 # The next cell runs a part of the race again, to 90 %, from two new seeds. The settings
 # are those that were the fastest to 95 %, so that some take more steps to 90 % than in
-# the table. After a test of the accuracy, the next test follows at 1.5 times as many
-# steps, or at 1.15 times once the mini-batch accuracy exceeds 0.8.
+# the table.
 
 # The settings.
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
@@ -243,7 +246,7 @@ for seed in SEEDS:
         print(f"seed {seed}, to 90 %: {method:10} {took_here}")
 
 # %%
-# Seconds depend on the machine; the steps can be compared.
+# The seconds are those of one thread of this machine; the steps can be compared.
 
 # Check the steps.
 for one in zip(*reached.values(), strict=True):
@@ -290,10 +293,10 @@ assert 0.9 < ahead["90%"] < 1.1 < min(ahead["95%"], ahead["97%"])
 # Does a Newton step help by its length, or by its direction? Replace the Newton steps
 # of some layers by gradient steps, in two ways. The first way keeps the length: each
 # gradient step is as long as the Newton step in its place. The second way takes
-# gradient steps at the rate :math:`\gamma/\lambda = 10`: Newton steps are these steps
-# if :math:`C = 0`. The settings are those of page 3, with a block per layer. The table
-# has three seeds from the full experiments and, where there is a fourth number, a run
-# from another seed here:
+# gradient steps at the rate :math:`\gamma/\lambda = 10`, the steps that Newton's
+# formula gives for :math:`C = 0`. The settings are those of page 3, with a block per
+# layer. The table has three seeds from the full experiments and, where there is a
+# fourth number, a run from another seed here:
 
 MAIN = {"lr": 0.1, "damping": 1e-2, "tol": 0.1, "maxiter": 20}
 LINEAR = {"without_curvature": (2, 3)}  # of four layers, counted from 0
@@ -366,8 +369,8 @@ assert late["both linear layers, rate γ/λ"] > 2.2
 # 100, 30 units, and back) first learns to output the mean image, a squared error of 53,
 # and may stay at this error. Here the whole network is one block, and the step size is
 # 1. With a **warm start**, CG begins at 0.95 times the last step, and not at zero.
-# **Adaptive damping** compares the change of the loss with the change that the
-# quadratic model :math:`q` predicts:
+#    **Adaptive damping** compares the change of the loss with the change that the
+#    quadratic model :math:`q` predicts:
 #
 # .. math::
 #
@@ -378,7 +381,7 @@ assert late["both linear layers, rate γ/λ"] > 2.2
 # step. The package has this rule as `LevenbergMarquardt
 # <../api.html#cgn_tutorial.LevenbergMarquardt>`__. The table has the squared error of
 # the full experiments after about 15 seconds. All Newton runs but one start warm. In
-# the last row, the rule compares losses on another batch:
+# the last row, the rule takes both losses on a batch other than the gradient's:
 
 autoencoder = found["autoencoder"]
 for way, runs in autoencoder.items():

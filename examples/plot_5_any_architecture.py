@@ -551,8 +551,8 @@ _ = describe(
 # - Blocks per parameter and blocks per layer both train. Blocks per layer need
 #   fewer products.
 # - The whole network does not train in 16 steps. With as many products as the
-#   blocks per layer, the whole network trains, in many more steps, as the output
-#   shows, and in more time: its products are the most expensive ones.
+#   blocks per layer, the whole network trains, in many more steps and in more time,
+#   as the output shows.
 # - At a tighter tolerance, 0.01, blocks per layer train, and `some runs of the
 #   other blocks blow up
 #   <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.

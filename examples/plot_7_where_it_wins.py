@@ -4,10 +4,11 @@ r"""
 
 Least squares to many digits suits **second-order steps**: fits, and networks that solve
 differential equations. On all six problems of this page, the best tuned method of torch
-and SciPy has 2.3 to 15 times the error of ``CGNOptimizer`` in the same time. Methods
-that use gradients alone are further behind. A dense self-scaled Broyden method
-(SSBroyden), which neither torch nor SciPy has, is ahead on four problems, and behind on
-two.
+and SciPy has 2.3 to 15 times the error of ``CGNOptimizer`` in the same time. (All
+errors are medians of three or five seeds.) On five problems, this method is SciPy's
+``least_squares``, which takes second-order steps as well. A dense self-scaled Broyden
+method (SSBroyden), which neither torch nor SciPy has, is ahead of ``CGNOptimizer`` on
+four problems, and behind on two.
 
 This page fits a function, solves a differential equation, and races nine methods. Every
 step solves
@@ -492,7 +493,8 @@ assert ours < min(finals["Adam"], finals["Momentum"]) / 20
 # This race is short. The `full races <../least_squares.html>`__ take 10 to 40 seconds,
 # and their errors at the end are in the table. "CGN" is the error of the better variant
 # of CGN. The other columns have the errors of rivals as multiples of this error.
-# "Others" is the best other method of torch and SciPy:
+# "Others" is the best other method of torch and SciPy. So the best method of torch and
+# SciPy is the smaller of these two columns:
 
 # Print the errors of the full races, as multiples of CGN's.
 from cgn_tutorial.pages.pinn import load_races
@@ -563,9 +565,9 @@ print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 # solve with the dense matrix. KFAC and KFAC* approximate this matrix by Kronecker
 # products. In the full tables, CGN is at 1.3e-6 after 20 seconds: below all published
 # errors after 60 seconds, and above the errors of these five methods after 1,000
-# seconds. Our L-BFGS with the scaled loss has 1.6 times the error of their L-BFGS.
-# Their SGD got much further in 60 seconds than our momentum in 20; they had more
-# settings and a GPU. (Machines, points and settings differ.)
+# seconds. There, our L-BFGS with the scaled loss has 1.6 times the error of their
+# L-BFGS. Their SGD got much further in 60 seconds than our momentum in 20; they had
+# more settings and a GPU. (Machines, points and settings differ.)
 #
 # Where they do not win
 # ---------------------
@@ -585,9 +587,8 @@ for method in ("Adam", "L-BFGS, scaled loss", "CGN, exact"):
 assert max(noisy.values()) < 3 * min(noisy.values())
 
 # %%
-# - **Few parameters, one or two dimensions.** If a matrix of parameters by parameters
-#   fits in memory, SSBroyden is ahead in the table, except on the equation in five
-#   dimensions.
+# - **Up to about a thousand parameters.** SSBroyden is ahead in the table, except in
+#   five dimensions.
 # - **Mini-batches.** Other samples in every step are noise as well: see `page 4
 #   <plot_4_is_it_worth_it.html>`__.
 # - **float32.** The loss of the fit stays larger: see the last exercise.

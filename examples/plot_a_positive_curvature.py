@@ -121,11 +121,11 @@ assert (empirical - G).norm() > 0.1 * G.norm()
 #     r &= \sigma''(a) \odot \delta .
 #     \end{aligned}
 #
-# For the layer below, :math:`a` is the output, and the recursion goes on with :math:`H_a` in place
-# of :math:`H_z`. (The recursion is that of `Botev, Ritter and Barber, "Practical Gauss-Newton
-# Optimisation for Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__; for many kinds of
-# layers, see `Dangel, Harmeling and Hennig, "Modular Block-diagonal Curvature Approximations for
-# Feedforward Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.)
+# The layer below calls :math:`a` its output :math:`z`. So :math:`H_a` is that layer's :math:`H_z`,
+# and the recursion repeats. (The recursion is that of `Botev, Ritter and Barber, "Practical
+# Gauss-Newton Optimisation for Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__; for
+# many kinds of layers, see `Dangel, Harmeling and Hennig, "Modular Block-diagonal Curvature
+# Approximations for Feedforward Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.)
 #
 # The recursion starts at the outputs of the network, with :math:`H_z = H_L`, the Hessian of the
 # loss with respect to the outputs. If the loss is convex in the outputs, :math:`H_L` is positive

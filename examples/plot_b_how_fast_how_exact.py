@@ -213,9 +213,9 @@ for kappa in (10, 100, 1000):
 #
 # The next cell compares three matrices: with eigenvalues that are spread evenly, that lie in three
 # clusters of width 1, or that are three single values. All entries of ``b`` are one. The entries of
-# :math:`r_k = \pi(A)\, b` are then the values of CG's polynomial at the eigenvalues. To see the
-# polynomial between the clusters, the cell adds unknowns, with eigenvalues on a grid, and entries
-# of ``b`` of :math:`10^{-9}`, too small to change the solve.
+# :math:`r_k = \pi(A)\, b` are then the values of CG's polynomial at the eigenvalues. To show the
+# polynomial between the clusters as well, the cell adds unknowns with eigenvalues on a grid. Their
+# entries of ``b`` are :math:`10^{-9}`, too small to change the solve.
 
 clusters = torch.tensor([20.0, 300.0, 1000.0]).double()
 clustered = (clusters[:, None] + torch.linspace(-0.5, 0.5, 100)).flatten()
@@ -441,11 +441,11 @@ for kappa, steps in ((1e3, 400), (1e6, 2000)):
 #
 # ``cg`` estimates how far the two residuals have drifted apart. If the drift has reached the size
 # of the residual, or may decide whether the tolerance is met, ``cg`` computes :math:`b - A x_k`
-# anew, for one more product. If the new residual is at most half of the last one computed so, CG
-# starts again from :math:`x_k`. If not, the solve ends, with the reason ``"stagnation"`` unless the
-# tolerance is met. SciPy's ``cg`` stops by the residual of the recurrence. Solve a system of 400
-# unknowns with a condition number of 10,000, in float32, to a tolerance of 1e-5. How large is
-# :math:`b - A x`, relative to :math:`b`, at the end?
+# anew, for one more product. If this residual meets the tolerance, the solve has converged. If this
+# residual is at most half of the one that was last computed anew, CG starts again from :math:`x_k`.
+# Otherwise the solve ends with the reason ``"stagnation"``. SciPy's ``cg`` stops by the residual of
+# the recurrence. Solve a system of 400 unknowns with a condition number of 10,000, in float32, to a
+# tolerance of 1e-5. How large is :math:`b - A x`, relative to :math:`b`, at the end?
 
 from scipy.sparse import linalg
 
