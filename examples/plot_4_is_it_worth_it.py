@@ -107,10 +107,8 @@ _ = describe(
 
 # %%
 # The table has the medians over the five seeds: seconds, and then steps, to an accuracy
-# of 90, 95 and 97 percent. Accuracy is tested at some steps only, each test at 1.5
-# times the steps of the last one, or at 1.15 times once the mini-batch accuracy exceeds
-# 0.8: so contenders may have equal steps. "Never" means that most runs did not get
-# there.
+# of 90, 95 and 97 percent. Accuracy is tested after certain steps only, so that two
+# contenders may have the same number. "Never" means that most runs did not get there.
 
 
 def typical(goal, contender, unit="seconds"):
