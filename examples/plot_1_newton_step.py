@@ -15,7 +15,7 @@ step, :math:`\lambda` the damping and :math:`\gamma` the step size. This page bu
 from one dimension up, asks which matrix is :math:`C` for a neural network, and multiplies by this
 matrix without storing it.
 
-*About 25 minutes to read, and one to run.* In a hurry? Read `the tutorial in 20 minutes
+*About 25 minutes to read, and one to run.* In a hurry? Read `the tutorial in 25 minutes
 <index.html#way-through>`__. To run this page, ``pip install`` the package as the `front page
 <../index.html#run-it-yourself>`__ says.
 """
@@ -494,7 +494,8 @@ assert bent(torch.tensor(2.0)) < 0
 # instance, adding 1 to all biases of the last layer adds 1 to all outputs, and the softmax stays
 # the same. A small batch leaves more null directions. If the loss is cross-entropy, N images of K
 # classes give the GGN a rank of at most N (K − 1), and 64 images of ten classes a rank of at most
-# 576. Let :math:`u` change the last biases alone:
+# 576. Let :math:`u` add 1 to the last biases. The output shows that :math:`u` is a null direction,
+# that the damped step has no part along :math:`u`, and which rank 5 images of 3 classes give:
 
 u = torch.zeros_like(x_init)
 u[-3:] = 1  # the last bias

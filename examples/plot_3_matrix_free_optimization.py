@@ -415,9 +415,10 @@ assert max(histories["SGD, lr=10"].loss) > 3
 # Published and reproduced
 # ------------------------
 #
-# The published run printed loss and accuracy every ten steps. The table has the
-# last loss, published and here, and the largest differences over the printed
-# steps: of the loss, and of the accuracy, in images of the batch of 64.
+# The published run printed loss and accuracy every ten steps. The first two
+# columns have the last loss, published and here. The other columns have the
+# largest differences over the printed steps: in the loss, and in the number of
+# images, of 64, that are classified correctly.
 
 published = load_published_run()
 assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}
@@ -601,9 +602,9 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # maximum of the model. By default, ``cg`` stops before this step, and returns a
 # direction downhill (Dembo and Steihaug, `1983
 # <https://doi.org/10.1007/BF02592055>`__). Does the Hessian train with this
-# rule? From each of three seeds, the output has the mean of the last ten losses
-# for the GGN and for the Hessian with the rule, and the Hessian's lowest and
-# highest loss.
+# rule? A line of the output belongs to a seed: the mean of the last ten losses
+# with the GGN; the same with the Hessian and the rule; and the Hessian's lowest
+# and highest loss.
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]
@@ -665,8 +666,8 @@ assert min(histories["Hessian"].loss) > 2.2
 #
 # A Newton step costs many products. Which optimizer is ahead after the same
 # time? Adam meets ``CGN``, which takes Newton steps with the GGN and a block
-# per layer. Both use settings that `page 4 <plot_4_is_it_worth_it.html>`__
-# finds: Adam's were tuned by hand, those of ``CGN`` by random search.
+# per layer. Both use settings of the `experiments <../experiments.html>`__:
+# Adam's were tuned by hand, those of ``CGN`` by random search.
 
 from cgn_tutorial.pages.races import Run, Setting
 

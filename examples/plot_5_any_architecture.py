@@ -113,19 +113,8 @@ for label, model in attempts.items():
 # H_L\, J`, with the Jacobian :math:`J` of the outputs :math:`z` and the Hessian
 # :math:`H_L` of the loss :math:`\ell(z)`. A backward pass multiplies an incoming
 # vector by the transpose of a Jacobian. Two backward passes per batch, and two for
-# each product :math:`G p = J^\top (H_L (J p))`, are enough:
-#
-# - **Once per batch:** a pass from the loss to the outputs gives :math:`g_z =
-#   \nabla_z \ell`. A pass from the outputs to the parameters, with the incoming
-#   vector :math:`u`, gives :math:`J^\top u`. For :math:`u = g_z`, this is the
-#   gradient. Both passes build graphs.
-# - **For each product, first:** :math:`J^\top u` is linear in :math:`u`, with the
-#   matrix :math:`J^\top`. A pass from :math:`J^\top u` to :math:`u`, with the
-#   incoming vector :math:`p`, multiplies by the transpose, and gives :math:`J p`.
-# - **For each product, second:** :math:`g_z` has the Jacobian :math:`H_L J` with
-#   respect to the parameters. A pass from :math:`g_z` to the parameters, with the
-#   incoming vector :math:`J p`, gives :math:`(H_L J)^\top J p = G p`, since
-#   :math:`H_L` is symmetric.
+# each product :math:`G p = J^\top (H_L (J p))`, are enough. In the figure, each
+# arrow is a pass, with the incoming vector at the tail and the result at the head:
 
 # Draw the passes as arrows between parameters, outputs and loss.
 import matplotlib.pyplot as plt
@@ -170,8 +159,19 @@ _ = describe(
 )
 
 # %%
-# In the figure, each arrow is a pass, with the incoming vector at the tail and the
-# result at the head. For a block of one parameter tensor :math:`x`, the code is:
+# **Once per batch** (blue). The first pass gives the gradient of the outputs,
+# :math:`g_z = \nabla_z \ell`. The second pass starts from a vector :math:`u`, here
+# :math:`g_z`, and gives :math:`J^\top u`, here the gradient. Both passes build
+# graphs.
+#
+# **For each product** (orange). The vector :math:`J^\top u` is linear in :math:`u`,
+# with the matrix :math:`J^\top`. So the pass from :math:`J^\top u` to :math:`u`
+# multiplies :math:`p` by the transpose, and gives :math:`J p`. The gradient
+# :math:`g_z` has the Jacobian :math:`H_L J` with respect to the parameters. So the
+# pass from :math:`g_z` to the parameters multiplies :math:`J p` by :math:`(H_L
+# J)^\top = J^\top H_L`, and gives :math:`G p`.
+#
+# In code, for a block of one parameter tensor :math:`x`:
 
 from torch.autograd import grad
 

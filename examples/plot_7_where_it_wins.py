@@ -423,9 +423,9 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 #
 # - ``least_squares`` is SciPy's, for residuals and their stored Jacobian :math:`J`. It
 #   also takes second-order steps, within a trust region.
-# - ``L-BFGS`` is torch's. This method learns from a step only if the product of the
-#   step and the change of the gradient exceeds :math:`10^{-10}`. Small losses have
-#   small products. So the loss is multiplied by a large number, the scale.
+# - ``L-BFGS`` is torch's. L-BFGS skips a step if the inner product of the step and the
+#   change of the gradient is below :math:`10^{-10}`. As the loss falls, this product
+#   falls, too. So the loss is multiplied by a large number, the scale.
 # - ``BFGS`` is SciPy's, with a dense matrix.
 # - ``SSBroyden``, self-scaled Broyden after Al-Baali (1998), also has a dense matrix,
 #   and was written for this race.
@@ -560,14 +560,14 @@ for method in early:
 print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 
 # %%
-# Three of these methods are closest to CGN: Hessian-free, CG on the same matrix with
-# products through the graph, and the two ENGD, energy natural gradient descent, which
-# solve with the dense matrix. KFAC and KFAC* approximate this matrix by Kronecker
-# products. In the full tables, CGN is at 1.3e-6 after 20 seconds: below all published
-# errors after 60 seconds, and above the errors of these five methods after 1,000
-# seconds. There, our L-BFGS with the scaled loss has 1.6 times the error of their
-# L-BFGS. Their SGD got much further in 60 seconds than our momentum in 20; they had
-# more settings and a GPU. (Machines, points and settings differ.)
+# Three of these methods work like CGN. Hessian-free runs CG on the same matrix, with
+# products through the graph. The two ENGD (energy natural gradient descent) solve with
+# the dense matrix. KFAC and KFAC* approximate this matrix by Kronecker products. In the
+# full tables, CGN is at 1.3e-6 after 20 seconds: below all published errors after 60
+# seconds, and above the errors of these five methods after 1,000 seconds. There, our
+# L-BFGS with the scaled loss has 1.6 times the error of their L-BFGS. Their SGD got
+# much further in 60 seconds than our momentum in 20; they had more settings and a GPU.
+# (Machines, points and settings differ.)
 #
 # Where they do not win
 # ---------------------

@@ -320,7 +320,8 @@ for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
 # %%
 # How does BackPACK compute the PCH? Compare BackPACK's PCH with the definition above, and with a
 # variant that multiplies by :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
-# The output has the relative differences to both, of BackPACK's PCH and of the GGN.
+# The output has relative differences. The columns are the definition (δ once) and the variant (δ
+# twice); the rows are BackPACK's PCH, and the GGN.
 
 for modify in ("abs", "clip"):
     residual = RESIDUALS[f"PCH, {modify}"]
@@ -498,8 +499,8 @@ for lam in (1e-3, 1e-2):
 #    mean with the model's probabilities.
 #
 # .. fold:: Exercise: run ``curvature_blocks`` at ``x_init`` with a residual of your own, ``lambda
-#     s2, d: (s2 * d).abs() / 10``. Compare two ``difference`` to the blocks of the GGN: that of
-#     your blocks, and that of the PCH with abs. How large is their ratio?
+#     s2, d: (s2 * d).abs() / 10``. Call ``difference`` twice, each time with the blocks of the GGN:
+#     for your blocks, and for those of the PCH with abs. How large is the ratio of the results?
 #
 #    A tenth. :math:`\delta` does not depend on the curvature, and the recursion is linear in
 #    :math:`H_z` and :math:`r`. So the difference from the GGN is linear in :math:`r`.

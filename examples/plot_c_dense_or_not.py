@@ -325,9 +325,10 @@ _ = describe(
 # convolutions together have less. So CG may stop before the convolutions have
 # moved. Their parts of the step are indeed less than a hundredth as long as the
 # exact parts. With a tolerance of 0.01, CG has to go on: the second convolution's
-# share is too large to be left, and all four parts come out within a few percent.
-# If each layer is a block with a system of its own, then a tolerance of 0.1
-# brings each layer's residual to a tenth of its own gradient.
+# share is too large to be left. Then all four parts come out within a few
+# percent, even the first convolution's, whose share might be left. If each layer
+# is a block with a system of its own, then a tolerance of 0.1 brings each layer's
+# residual to a tenth of its own gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
@@ -407,9 +408,9 @@ for label, blocks in KINDS.items():
 
 # %%
 # Blocks per layer train from every seed, to losses below the 2.3 of guessing. Of
-# the six runs of the two other kinds, some blow up, to losses above 3. Which runs
-# blow up depends on the machine. A more exact solution for one mini-batch does
-# not make a step safer.
+# the six runs of the two other kinds, some blow up, here to losses of hundreds or
+# thousands. Which runs blow up depends on the machine. A more exact solution for
+# one mini-batch does not make a step safer.
 
 # Check the late losses.
 assert max(late["per layer"]) < 2  # 0.3 to 1.3, by machine and rounding

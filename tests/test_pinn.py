@@ -125,6 +125,25 @@ def test_self_scaled_broyden_updates_a_symmetric_inverse_that_explains_the_last_
         assert torch.linalg.eigvalsh(updated).min() > 0
 
 
+def test_a_run_has_one_thread(monkeypatch):
+    seen = []
+    contender = pinn.CONTENDERS["Adam"]
+    monkeypatch.setitem(
+        pinn.CONTENDERS,
+        "Adam",
+        lambda *args, **options: (
+            seen.append(torch.get_num_threads()) or contender(*args, **options)
+        ),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Race("fit, 301", Setting("Adam", {"lr": 1e-2}), 0, 0.05).run()
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_measuring_takes_no_time_of_the_run(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(pinn.time, "process_time", lambda: next(clock) * 1.0)

@@ -190,7 +190,8 @@ def say_where_it_ran(app: Sphinx, doctree: nodes.document) -> None:
         )
         if time:
             took = 60 * int(time[1]) + float(time[2])
-            text = f"This page ran in {took:.0f} seconds, on {machine()}."
+            seconds = f"{took:.0f} second{'' if round(took) == 1 else 's'}"
+            text = f"This page ran in {seconds}, on {machine()}."
             paragraph.children = [nodes.Text(text)]
 
 

@@ -309,10 +309,18 @@ class Race:
         self._unmeasured = 0.0
 
     def run(self) -> list[Measurement]:
-        """Train until the time is over or the contender ends, and measure a last time."""
+        """Train until the time is over or the contender ends, and measure a last time.
+
+        Torch has one thread meanwhile: the clock adds up the time of all threads.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self._begin = time.process_time()
-        with suppress(Over):
-            CONTENDERS[self._setting.method](self, **self._setting.options)
+        try:
+            with suppress(Over):
+                CONTENDERS[self._setting.method](self, **self._setting.options)
+        finally:
+            torch.set_num_threads(threads)
         if not self.measurements or self.measurements[-1].steps < self._steps:
             self._measure()
         return self.measurements
