@@ -602,8 +602,8 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # maximum of the model. By default, ``cg`` stops before this step, and returns a
 # direction downhill (Dembo and Steihaug, `1983
 # <https://doi.org/10.1007/BF02592055>`__). Does the Hessian train with this
-# rule? A line of the output belongs to a seed: the mean of the last ten losses
-# with the GGN; the same with the Hessian and the rule; and the Hessian's lowest
+# rule? For each seed, a line of the output has the mean of the last ten losses
+# with the GGN, the same with the Hessian and the rule, and the Hessian's lowest
 # and highest loss.
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]

@@ -423,9 +423,9 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 #
 # - ``least_squares`` is SciPy's, for residuals and their stored Jacobian :math:`J`. It
 #   also takes second-order steps, within a trust region.
-# - ``L-BFGS`` is torch's. L-BFGS skips a step if the inner product of the step and the
-#   change of the gradient is below :math:`10^{-10}`. As the loss falls, this product
-#   falls, too. So the loss is multiplied by a large number, the scale.
+# - ``L-BFGS`` is torch's. L-BFGS learns nothing from a step if the inner product of the
+#   step and the change of the gradient is below :math:`10^{-10}`. As the loss falls,
+#   this product falls, too. So the loss is multiplied by a large number, the scale.
 # - ``BFGS`` is SciPy's, with a dense matrix.
 # - ``SSBroyden``, self-scaled Broyden after Al-Baali (1998), also has a dense matrix,
 #   and was written for this race.
@@ -492,28 +492,24 @@ assert ours < min(finals["Adam"], finals["Momentum"]) / 20
 # %%
 # This race is short. The `full races <../least_squares.html>`__ take 10 to 40 seconds,
 # and their errors at the end are in the table. "CGN" is the error of the better variant
-# of CGN. The other columns have the errors of rivals as multiples of this error.
-# "Others" is the best other method of torch and SciPy. So the best method of torch and
-# SciPy is the smaller of these two columns:
+# of CGN. The other columns have the errors of rivals as multiples of this error: of
+# ``least_squares``, of the best other method of torch and SciPy, and of SSBroyden.
 
 # Print the errors of the full races, as multiples of CGN's.
 from cgn_tutorial.pages.pinn import load_races
 
 OURS = {"CGN, exact", "CGN, Nyström"}
-OWN = (
-    "least_squares (SciPy)",
-    "SSBroyden",
-)  # rivals with a column of their own
+OWN = "least_squares (SciPy)", "SSBroyden"  # with a column of their own
 recorded = load_races()
 times = {}  # the errors of all rivals, as multiples of CGN's
-print(f"{'':19} time      CGN  least_       SS-   others")
-print(f"{'':19}               squares   Broyden")
+print(f"{'':19} time      CGN   least_  others  SSBroyden")
+print(f"{'':19}                squares")
 for problem, found in recorded.items():
     errors = found["errors"]
     cgn = min(errors[method] for method in OURS)
     rivals = {m: e / cgn for m, e in errors.items() if m not in OURS}
     others = min(rivals[method] for method in rivals if method not in OWN)
-    shown = [*(rivals[method] for method in OWN), others]
+    shown = rivals["least_squares (SciPy)"], others, rivals["SSBroyden"]
     row = f"{problem:19} {found['seconds']:2} s  {cgn:.1e}"
     print(row, *(f"{float(f'{factor:.2g}'):8g}" for factor in shown))
     times[problem] = rivals
