@@ -632,8 +632,8 @@ _ = describe(
     figure,
     "The loss of the GGN, of the Hessian with CG that stops at negative"
     " curvature, and of the Hessian with plain CG. The GGN falls from each of"
-    " three seeds. With the rule, the Hessian leaves 2.3 unevenly and later,"
-    " differently for each seed; with plain CG the loss stays at 2.3.",
+    " three seeds. With the rule, the Hessian's loss goes up and down, differently"
+    " for each seed; with plain CG the loss stays at 2.3.",
 )
 for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
     print(f"seed {seed}: GGN {late(ggn):.2f}, ", end="")
@@ -641,9 +641,9 @@ for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
     print(f"lowest {min(hessian.loss):.1f}, highest {max(hessian.loss):.1f}")
 
 # %%
-# With the rule, the loss falls below 2 from each seed, but does not stay low:
-# the mean of the last ten losses is more than twice the GGN's, and from one
-# seed far above the plateau.
+# With the rule, the loss may leave the plateau, but does not stay low: from
+# each seed, the mean of the last ten losses is more than twice the GGN's.
+# (Which seeds leave the plateau depends on rounding, and so on the machine.)
 
 # From seed 0, how many solves stop at negative curvature? A step has eight.
 stops = [
@@ -656,8 +656,7 @@ assert sum(count <= 4 for count in stops) > 0.6 * STEPS
 assert min(stops) >= 1
 for ggn, hessian in zip(with_ggn, stopping, strict=True):
     assert 2 * late(ggn) < late(hessian)
-assert max(min(run.loss) for run in stopping) < 2
-assert max(late(run) for run in stopping) > 2.3
+assert min(min(run.loss) for run in stopping) < 2
 assert min(histories["Hessian"].loss) > 2.2
 
 # %%
@@ -761,7 +760,7 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 #   <plot_4_is_it_worth_it.html#who-wins>`__.)
 # - The damping decides: at 0.1 or more, the GGN stays on the plateau.
 # - The Hessian stays on the plateau with plain CG. If CG stops at negative
-#   curvature, the loss leaves the plateau, but not for good.
+#   curvature, the loss may leave the plateau, but not for good.
 #
 # This is one network, one data set and mostly one seed.
 #

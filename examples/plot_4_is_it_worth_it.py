@@ -27,10 +27,10 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 #
 # The race has eight contenders. For each contender, 40 settings are drawn at random,
 # from a search space of its own: learning rates, constant or falling; momenta; both
-# :math:`\beta` of Adam; batches of 64 to 1,024 images; and running averages of the
-# weights. All contenders but CGN and L-BFGS were then tuned by hand as well, beyond
-# these spaces: 20 further settings for SGD and for RMSprop, and about 36 each for Adam,
-# Muon, CGN + Adam and CGN + Muon.
+# :math:`\beta` of Adam; batches of 64 to 1,024 images, for L-BFGS up to 4,096; and
+# running averages of the weights. All contenders but CGN and L-BFGS were then tuned by
+# hand as well, beyond these spaces: 20 further settings for SGD and for RMSprop, and
+# about 36 each for Adam, Muon, CGN + Adam and CGN + Muon.
 #
 # For each goal, a test accuracy, each contender races at the settings that were the
 # fastest in tuning, and the fastest of them counts. Tuning looks at held-out training
