@@ -673,9 +673,9 @@ for name, median in medians.items():
     print(f"{name:23}: {median / medians['gradient']:.1f} gradients")
 
 # %%
-# A product costs a few gradients. The number of passes through the network is the same for each
-# size of the network: so training with curvature is possible (`Martens, "Deep learning via
-# Hessian-free optimization" (2010)
+# A product costs a few gradients, with a graph that is kept about one. A product takes the same few
+# passes through a small network and a large one: this makes training with curvature possible
+# (`Martens, "Deep learning via Hessian-free optimization" (2010)
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__). In the last line, all
 # products of a step share the graph of one forward pass; `page 5
 # <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows how.

@@ -210,8 +210,8 @@ _ = explorable(fig, "paths", settings)
 
 # %%
 # If the start lies on an axis of the ellipses, :math:`r` points at the
-# solution, and one step is enough. Gradient descent is slowest from a start
-# that is :math:`\kappa` times as far from the solution along the long axis as
+# solution, and one step is enough. Gradient descent is slowest if the start's
+# distance to the solution along the long axis is :math:`\kappa` times that
 # along the short axis. From there, each step of gradient descent multiplies the
 # distance to the solution by :math:`(\kappa - 1) / (\kappa + 1)`. CG takes at
 # most two steps, from any start, for any :math:`\kappa`.

@@ -416,9 +416,9 @@ assert max(histories["SGD, lr=10"].loss) > 3
 # ------------------------
 #
 # The published run printed loss and accuracy every ten steps. The first two
-# columns have the last loss, published and here. The other columns have the
-# largest differences over the printed steps: in the loss, and in the number of
-# images, of 64, that are classified correctly.
+# columns have the last loss, published and here. The last two columns have the
+# largest difference at any printed step: of the loss, and of the number of
+# correct images out of 64.
 
 published = load_published_run()
 assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}
@@ -602,9 +602,9 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # maximum of the model. By default, ``cg`` stops before this step, and returns a
 # direction downhill (Dembo and Steihaug, `1983
 # <https://doi.org/10.1007/BF02592055>`__). Does the Hessian train with this
-# rule? For each seed, a line of the output has the mean of the last ten losses
-# with the GGN, the same with the Hessian and the rule, and the Hessian's lowest
-# and highest loss.
+# rule? Each line of the output is one seed: the mean of the last ten losses
+# with the GGN, this mean with the Hessian and the rule, and the Hessian's
+# lowest and highest loss.
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]

@@ -32,11 +32,12 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 # hand as well, beyond these spaces: 20 further settings for SGD and for RMSprop, and
 # about 36 each for Adam, Muon, CGN + Adam and CGN + Muon.
 #
-# For each goal, a test accuracy, each contender races at the settings that were the
-# fastest in tuning, and the fastest of them counts. Tuning looks at held-out training
-# images and two seeds; the race looks at five other seeds and the 10,000 test images.
-# Two hand-tuned settings, Muon's and CGN + Muon's, were replaced after a trial race on
-# test images: see the `full rules <../experiments.html#the-rules>`__.
+# A goal is a test accuracy. For each goal, up to five settings of a contender race,
+# chosen on held-out training images and two seeds. The race has five other seeds and
+# the 10,000 test images. Two choices use test images: of a contender's settings, the
+# one with the least median time in the race counts; and two hand-tuned settings, Muon's
+# and CGN + Muon's, were replaced after a trial race (see the `full rules
+# <../experiments.html#the-rules>`__).
 #
 # Who wins?
 # ---------
@@ -132,20 +133,20 @@ for contender in STYLES:
 
 # %%
 # **Muon is the fastest** to each goal. Muon computes no curvature. For the weight
-# matrix of a hidden layer, Muon keeps a running mean of the gradients, and steps along
-# a matrix close to this mean with all singular values close to 1: Keller Jordan, `Muon
-# <https://kellerjordan.github.io/posts/muon/>`__ (2024). CGN + Muon is second to each
-# goal, and takes up to one and a half times as long as Muon. Adam and CGN + Adam take
-# three to four times as long as Muon, and differ little from each other. The tuned Adam
-# has :math:`\beta_1 = 0.5` and an average of the weights. CGN, tuned by search alone,
-# is slower than Adam, and reaches 97 % in no run. By steps, Muon and CGN + Muon are the
-# first two as well.
+# matrix of a hidden layer, Muon keeps a running mean of the gradients, sets all
+# singular values of this mean to about 1, and steps along the result: Keller Jordan,
+# `Muon <https://kellerjordan.github.io/posts/muon/>`__ (2024). CGN + Muon is second to
+# each goal, and takes up to one and a half times as long as Muon. Adam and CGN + Adam
+# take three to four times as long as Muon, and differ little from each other. The tuned
+# Adam has :math:`\beta_1 = 0.5` and an average of the weights. CGN, tuned by search
+# alone, is slower than Adam, and reaches 97 % in no run. By steps, Muon and CGN + Muon
+# are the first two as well.
 #
 # So on this network, whose gradients vanish, curvature is not the fastest way, and
-# Newton steps in the last layer do not make a well-tuned Muon faster. With less tuning,
-# the order changes: with `one or two random settings each
-# <../experiments.html#what-does-the-tuning-cost>`__, from one tuning seed, CGN + Muon
-# is the first to 90 %.
+# Newton steps in the last layer do not make a well-tuned Muon faster. If each contender
+# had tried `only one or two random settings
+# <../experiments.html#what-does-the-tuning-cost>`__, then CGN + Muon would be the first
+# to 90 % (on one tuning seed).
 #
 # The experiments have two more networks, with 12 random settings for each contender and
 # `no tuning by hand <../experiments.html#who-wins>`__. On **a perceptron with five
@@ -186,9 +187,9 @@ for network in ("sigmoid MLP", "ReLU CNN"):
             assert min(medians.values()) == float("inf")
 
 # %%
-# The next cell runs a part of the race again, to 90 %, from two new seeds. The settings
-# are those that were the fastest to 95 %, so that some take more steps to 90 % than in
-# the table.
+# The next cell runs a part of the race again, to 90 %, from two new seeds. Each
+# contender has its fastest setting to 95 %. CGN + Adam has a faster setting to 90 %,
+# and so takes more steps here than in the table.
 
 # The settings.
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
@@ -246,7 +247,7 @@ for seed in SEEDS:
         print(f"seed {seed}, to 90 %: {method:10} {took_here}")
 
 # %%
-# The seconds are those of one thread of this machine; the steps can be compared.
+# Compare the steps with the table. The seconds depend on the machine.
 
 # Check the steps.
 for one in zip(*reached.values(), strict=True):
@@ -338,9 +339,8 @@ for row in found["beside Muon"]:
 
 # %%
 # There, the direction matters little. With gradient steps as long as Newton's, the run
-# reaches 90 and 95 % one test of the accuracy later. At the rate
-# :math:`\gamma/\lambda`, here 60, the run takes about one and a half times as many
-# steps.
+# reaches 90 and 95 % at the next measurement of the accuracy. At the rate
+# :math:`\gamma/\lambda`, here 60, the run takes 1.5 and 1.7 times as many steps.
 
 # Check it, seed by seed.
 newton, as_long, flat = (
@@ -382,7 +382,7 @@ assert late["both linear layers, rate γ/λ"] > 2.2
 # step. The package has this rule as `LevenbergMarquardt
 # <../api.html#cgn_tutorial.LevenbergMarquardt>`__. The table has the squared error of
 # the full experiments after about 15 seconds. All Newton runs but one start warm. In
-# the last row, the rule takes both losses on a batch other than the gradient's:
+# the last row, both losses of :math:`\rho` come from another batch than the gradient:
 
 autoencoder = found["autoencoder"]
 for way, runs in autoencoder.items():
@@ -393,9 +393,10 @@ for way, runs in autoencoder.items():
 
 # %%
 # With :math:`\lambda = 3`, or with solves from zero, the error stays at 53. If
-# :math:`\lambda` starts at 3 and adapts, the error falls below 51. The lowest error of
-# the Newton runs belongs to a constant, :math:`\lambda = 0.03` with warm starts. In the
-# same time, Adam reaches a lower error than all Newton runs.
+# :math:`\lambda` starts at 3 and adapts, the error falls below 51. With both losses
+# from another batch, most runs end as :math:`\lambda` grows without bound. The lowest
+# error of the Newton runs belongs to a constant, :math:`\lambda = 0.03` with warm
+# starts. In the same time, Adam reaches a lower error than all Newton runs.
 
 # Check it.
 error = {way: runs["error"] for way, runs in autoencoder.items()}

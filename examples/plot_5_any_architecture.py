@@ -165,11 +165,12 @@ _ = describe(
 # graphs.
 #
 # **For each product** (orange). The vector :math:`J^\top u` is linear in :math:`u`,
-# with the matrix :math:`J^\top`. So the pass from :math:`J^\top u` to :math:`u`
-# multiplies :math:`p` by the transpose, and gives :math:`J p`. The gradient
-# :math:`g_z` has the Jacobian :math:`H_L J` with respect to the parameters. So the
-# pass from :math:`g_z` to the parameters multiplies :math:`J p` by :math:`(H_L
-# J)^\top = J^\top H_L`, and gives :math:`G p`.
+# with the matrix :math:`J^\top`. So the pass from :math:`J^\top u` back to
+# :math:`u` multiplies by the transpose of :math:`J^\top`, which is :math:`J`: the
+# pass turns :math:`p` into :math:`J p`. The gradient :math:`g_z` has the Jacobian
+# :math:`H_L J` with respect to the parameters. So the pass from :math:`g_z` to the
+# parameters multiplies :math:`J p` by :math:`(H_L J)^\top = J^\top H_L`, and gives
+# :math:`G p`.
 #
 # In code, for a block of one parameter tensor :math:`x`:
 

@@ -188,7 +188,8 @@ print(dedent(inspect.getsource(Share.mean)))
 #
 # Here is the loop of the script. As usual in PyTorch, ``replica`` is the network
 # within ``DistributedDataParallel``. One line is new: ``whole_batch`` takes the
-# optimizer, and the number of samples of this process.
+# optimizer, and the number of samples of this process. (The script uses ``share``
+# to print the mean loss.)
 
 from cgn_tutorial.pages import train_parallel
 

@@ -3,9 +3,10 @@ r"""
 ===============================
 
 Least squares to many digits suits **second-order steps**: fits, and networks that solve
-differential equations. On all six problems of this page, the best tuned method of torch
-and SciPy has 2.3 to 15 times the error of ``CGNOptimizer`` in the same time. (All
-errors are medians of three or five seeds.) On five problems, this method is SciPy's
+differential equations. On six such problems, the best method of torch and SciPy has 2.3
+to 15 times the error of ``CGNOptimizer`` in the same time. (Each method had six random
+settings. ``CGNOptimizer`` has two variants, of which the better one counts. Errors are
+medians of three or five seeds.) On five problems, this method is SciPy's
 ``least_squares``, which takes second-order steps as well. A dense self-scaled Broyden
 method (SSBroyden), which neither torch nor SciPy has, is ahead of ``CGNOptimizer`` on
 four problems, and behind on two.
@@ -558,12 +559,13 @@ print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 # %%
 # Three of these methods work like CGN. Hessian-free runs CG on the same matrix, with
 # products through the graph. The two ENGD (energy natural gradient descent) solve with
-# the dense matrix. KFAC and KFAC* approximate this matrix by Kronecker products. In the
-# full tables, CGN is at 1.3e-6 after 20 seconds: below all published errors after 60
-# seconds, and above the errors of these five methods after 1,000 seconds. There, our
-# L-BFGS with the scaled loss has 1.6 times the error of their L-BFGS. Their SGD got
-# much further in 60 seconds than our momentum in 20; they had more settings and a GPU.
-# (Machines, points and settings differ.)
+# the dense matrix, of each layer or of the network. KFAC and KFAC* approximate this
+# matrix by Kronecker products. In the full tables, CGN is at 1.3e-6 after 20 seconds:
+# below all published errors after 60 seconds, and above the errors of these five
+# methods after 1,000 seconds. In the full tables, our L-BFGS with the scaled loss ends,
+# after 20 seconds, at 1.6 times the error of their L-BFGS. Their SGD got much further
+# in 60 seconds than our momentum in 20; they had more settings and a GPU. (Machines,
+# points and settings differ.)
 #
 # Where they do not win
 # ---------------------

@@ -407,7 +407,8 @@ _ = describe(
 
 # %%
 # Only the Hessian has negative eigenvalues (crosses). After training, fewer eigenvalues are
-# negative, and the most negative one is close to 0. What became of the residual of the blocks?
+# negative, and the most negative one is close to 0. How did training change :math:`R`, the
+# difference between the blocks of the Hessian and of the GGN?
 
 residuals = []
 for name, x in (("initialisation", x_init), ("trained", x_trained)):

@@ -439,13 +439,18 @@ for kappa, steps in ((1e3, 400), (1e6, 2000)):
 # Drift and its cure
 # ------------------
 #
-# ``cg`` estimates how far the two residuals have drifted apart. If the drift has reached the size
-# of the residual, or may decide whether the tolerance is met, ``cg`` computes :math:`b - A x_k`
-# anew, for one more product. If this residual meets the tolerance, the solve has converged. If this
-# residual is at most half of the one that was last computed anew, CG starts again from :math:`x_k`.
-# Otherwise the solve ends with the reason ``"stagnation"``. SciPy's ``cg`` stops by the residual of
-# the recurrence. Solve a system of 400 unknowns with a condition number of 10,000, in float32, to a
-# tolerance of 1e-5. How large is :math:`b - A x`, relative to :math:`b`, at the end?
+# ``cg`` estimates how far the two residuals have drifted apart. If the drift is as large as the
+# residual, or may decide whether the tolerance is met, ``cg`` computes :math:`b - A x_k`, for one
+# more product. Then there are three cases:
+#
+# - :math:`b - A x_k` meets the tolerance: the solve has converged.
+# - :math:`b - A x_k` has at least halved since its last computation: CG starts again from
+#   :math:`x_k`.
+# - Otherwise, the solve ends with the reason ``"stagnation"``.
+#
+# SciPy's ``cg`` stops by the residual of the recurrence. Solve a system of 400 unknowns with a
+# condition number of 10,000, in float32, to a tolerance of 1e-5. How large is :math:`b - A x`,
+# relative to :math:`b`, at the end?
 
 from scipy.sparse import linalg
 

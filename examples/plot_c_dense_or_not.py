@@ -38,7 +38,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, jacrev
+from torch.func import functional_call, jacrev, vmap
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from cgn_tutorial import GGN, CGNOptimizer, cg, layers
@@ -102,8 +102,11 @@ def matrix_free_step(model):
 
 
 def jacobian_and_gradient(model):
-    parameters = dict(model.named_parameters())
-    J = jacrev(lambda x: functional_call(model, x, (small,)))(parameters)
+    def outputs(x, image):
+        return functional_call(model, x, (image[None],))[0]
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    J = vmap(jacrev(outputs), (None, 0))(parameters, small)  # image by image
     J = torch.cat([J_i.flatten(2) for J_i in J.values()], dim=2)
     share = model(small).softmax(dim=1)
     root = share.sqrt()
@@ -216,7 +219,7 @@ _ = describe(
     " logarithmic. The time of a dense step rises much more steeply than that"
     " of a matrix-free one; so does its memory, which crosses 16 GB near"
     " 60,000 parameters, where the matrix-free step needs a few MB. Woodbury's"
-    " lies between the two.",
+    " way lies between the two for large networks.",
 )
 
 # %%
@@ -227,9 +230,11 @@ print(f"dense, {first_too_large:,} parameters: the first above 16 GB")
 ours, theirs = memory[-1] / 1e6, woodbury_memory[-1] / 1e6
 print(f"{sizes[-1]:,} parameters: {ours:.0f} MB matrix-free, ", end="")
 print(f"{theirs:.0f} MB by Woodbury's formula")
-k = len(seconds["Woodbury"]) - 1
-slower = seconds["Woodbury"][k] / seconds["matrix-free"][k]
-print(f"at {sizes[k]:,} parameters, Woodbury takes {slower:.0f} times as long")
+print("seconds relative to matrix-free:  " + "  ".join(list(STEP)[1:]))
+for k in range(0, len(seconds["Woodbury"]), 2):
+    row = [seconds[name][k : k + 1] for name in ("Woodbury", "dense")]
+    cells = [f"{t[0] / seconds['matrix-free'][k]:9.1f}" for t in row if t]
+    print(f"{sizes[k]:7,} parameters".ljust(32) + "".join(cells))
 assert theirs > 10 * ours
 assert first_too_large < 200_000
 assert memory[-1] < 0.1 * GB
@@ -241,8 +246,13 @@ assert dense_memory[-1] > 200 * GB
 # the matrix grows fourfold, and the operations of its factorization eightfold. A
 # network of a hundred thousand parameters is a small network, and its matrix
 # takes 40 GB. The memory of Woodbury's formula grows in proportion to the
-# parameters, as the vectors do, but :math:`U` has 640 rows, and all of them have
-# to be computed.
+# parameters, as the vectors do, but :math:`U` has 640 rows. The step computes all
+# of these rows, and :math:`U U^\top`.
+#
+# Which way to take? For a few hundred parameters, the three ways take about the
+# same time. For more, the matrix-free way is ahead here, in time and in memory.
+# (On least squares with many products per step, a stored Jacobian pays: see `page
+# 7 <plot_7_where_it_wins.html#what-a-step-costs>`__.)
 #
 # What a tolerance on the whole network allows
 # --------------------------------------------
@@ -326,9 +336,9 @@ _ = describe(
 # moved. Their parts of the step are indeed less than a hundredth as long as the
 # exact parts. With a tolerance of 0.01, CG has to go on: the second convolution's
 # share is too large to be left. Then all four parts come out within a few
-# percent, even the first convolution's, whose share might be left. If each layer
-# is a block with a system of its own, then a tolerance of 0.1 brings each layer's
-# residual to a tenth of its own gradient.
+# percent, even that of the first convolution, without which CG might have
+# stopped. If each layer is a block with a system of its own, then a tolerance of
+# 0.1 brings each layer's residual to a tenth of its own gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2

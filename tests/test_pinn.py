@@ -223,7 +223,7 @@ def test_page_7_compares_with_the_published_errors():
     for method in ("Hessian-free", "KFAC", "KFAC*", "ENGD (per layer)", "ENGD (full)"):
         assert 2 * late[method] < ours
     ratio = found["L-BFGS, scaled loss"] / (2 * early["L-BFGS"])
-    assert f"L-BFGS with the scaled loss has {ratio:.1f} times the error of their" in text
+    assert f"scaled loss ends, after 20 seconds, at {ratio:.1f} times the error of their" in text
     assert 2 * early["SGD"] < found["Momentum"]
 
 
