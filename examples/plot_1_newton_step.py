@@ -15,9 +15,9 @@ step, :math:`\lambda` the damping and :math:`\gamma` the step size. This page bu
 from one dimension up, asks which matrix is :math:`C` for a neural network, and multiplies by this
 matrix without storing it.
 
-*About 25 minutes to read, and one to run.* In a hurry? Read `the tutorial in 25 minutes
-<index.html#way-through>`__. To run this page, ``pip install`` the package as the `front page
-<../index.html#run-it-yourself>`__ says.
+*About 25 minutes to read, and one to run.* In a hurry? Nine sections make `a shorter way through
+all pages <index.html#way-through>`__. To run this page, ``pip install`` the package as the `front
+page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
@@ -673,7 +673,7 @@ for name, median in medians.items():
     print(f"{name:23}: {median / medians['gradient']:.1f} gradients")
 
 # %%
-# A product costs a few gradients, with a graph that is kept about one. A product takes the same few
+# A product costs a few gradients; if the graph is kept, about one. A product takes the same few
 # passes through a small network and a large one: this makes training with curvature possible
 # (`Martens, "Deep learning via Hessian-free optimization" (2010)
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__). In the last line, all

@@ -42,7 +42,7 @@ the package as the `front page <../index.html#run-it-yourself>`__ says.
 #
 # Two methods repeat this step, with different directions. **Gradient descent**
 # takes :math:`p = r`. **Conjugate gradients** take :math:`r` plus :math:`\beta`
-# times the last direction.
+# times the last direction; the next section derives :math:`\beta`.
 
 import torch
 

@@ -561,11 +561,11 @@ print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 # products through the graph. The two ENGD (energy natural gradient descent) solve with
 # the dense matrix, of each layer or of the network. KFAC and KFAC* approximate this
 # matrix by Kronecker products. In the full tables, CGN is at 1.3e-6 after 20 seconds:
-# below all published errors after 60 seconds, and above the errors of these five
-# methods after 1,000 seconds. In the full tables, our L-BFGS with the scaled loss ends,
-# after 20 seconds, at 1.6 times the error of their L-BFGS. Their SGD got much further
-# in 60 seconds than our momentum in 20; they had more settings and a GPU. (Machines,
-# points and settings differ.)
+# below all published errors after 60 seconds, and above those of Hessian-free, both
+# ENGD and both KFAC after 1,000 seconds. In the full tables, our L-BFGS with the scaled
+# loss ends, after 20 seconds, at 1.6 times the error of their L-BFGS. Their SGD got
+# much further in 60 seconds than our momentum in 20; they had more settings and a GPU.
+# (Machines, points and settings differ.)
 #
 # Where they do not win
 # ---------------------

@@ -135,8 +135,8 @@ def woodbury_step(model):
 # The memory is the size of the tensors, not a measured peak. In single precision,
 # the dense matrix of :math:`n` parameters takes :math:`4 n^2` bytes, and
 # Woodbury's :math:`U` takes :math:`4 \cdot 640\, n`. The matrix-free way takes
-# five vectors, the gradient and the `four vectors of CG
-# <plot_2_conjugate_gradients.html#the-algorithm>`__, and the tensors that the
+# five vectors (the gradient and the `four of CG
+# <plot_2_conjugate_gradients.html#the-algorithm>`__) and the tensors that the
 # graphs of the products save. PyTorch reports each tensor that a graph saves.
 
 
@@ -249,10 +249,10 @@ assert dense_memory[-1] > 200 * GB
 # parameters, as the vectors do, but :math:`U` has 640 rows. The step computes all
 # of these rows, and :math:`U U^\top`.
 #
-# Which way to take? For a few hundred parameters, the three ways take about the
-# same time. For more, the matrix-free way is ahead here, in time and in memory.
-# (On least squares with many products per step, a stored Jacobian pays: see `page
-# 7 <plot_7_where_it_wins.html#what-a-step-costs>`__.)
+# Which way to take? For the smallest networks, the dense way is the fastest. From
+# about a thousand parameters on, the matrix-free way is ahead here, in time and
+# in memory. (On least squares with many products per step, a stored Jacobian
+# pays: see `page 7 <plot_7_where_it_wins.html#what-a-step-costs>`__.)
 #
 # What a tolerance on the whole network allows
 # --------------------------------------------
@@ -336,9 +336,10 @@ _ = describe(
 # moved. Their parts of the step are indeed less than a hundredth as long as the
 # exact parts. With a tolerance of 0.01, CG has to go on: the second convolution's
 # share is too large to be left. Then all four parts come out within a few
-# percent, even that of the first convolution, without which CG might have
-# stopped. If each layer is a block with a system of its own, then a tolerance of
-# 0.1 brings each layer's residual to a tenth of its own gradient.
+# percent, even that of the first convolution, whose share is so small that CG
+# might have stopped without it. If each layer is a block with a system of its
+# own, then a tolerance of 0.1 brings each layer's residual to a tenth of its own
+# gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2

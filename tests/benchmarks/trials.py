@@ -50,7 +50,7 @@ REMEDIES = {
     "expected scalar type Double but found Float": "Use single precision, or autograd.",
     "unsupported operand type.* 'str'": "Write the padding as a number.",
     "scaled_dot_product_flash_attention": "Evaluate the model within "
-    "`sdpa_kernel(SDPBackend.MATH)`, as :doc:`page 5 </auto_examples/plot_5_any_architecture>`.",
+    "`sdpa_kernel(SDPBackend.MATH)`, as on :doc:`page 5 </auto_examples/plot_5_any_architecture>`.",
     "_embedding_bag_backward": "Use `nn.Embedding`, and a mean.",
     "cannot differentiate weight_norm": "Take the GGN, or write it out, `g * v / v.norm()`.",
     "multi_margin_loss_backward": "Write the loss in other operations, or take another one.",
