@@ -374,7 +374,8 @@ assert abs(u @ v) < 1e-6
 # With damping (right), a single minimum is left, and the step to this minimum is at a right angle
 # to the trough. To see why, multiply :math:`(C + \lambda I)\, v = -g` by :math:`u^\top`. Since
 # :math:`u^\top C = 0` and :math:`g^\top u = 0`, the rest is :math:`\lambda\, u^\top v = 0`: the
-# damped step has no component along a null direction.
+# damped step has no component along :math:`u`. This holds for each null direction along which the
+# gradient is zero, too.
 #
 # Hessian
 # -------

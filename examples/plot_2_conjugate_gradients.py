@@ -142,8 +142,9 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # Gradient descent turns at a right angle in the left panel. So the third step
 # is parallel to the first step, and repairs what the second step undid. CG
 # turns at a right angle in the right panel, in the coordinates :math:`y`. The
-# first step ends where it touches a circle. The radius at this point is at a
-# right angle to the step, and leads to the centre: this is the second step.
+# first step ends where it is tangent to one of the circles. The radius at this
+# point is at a right angle to the step, and leads to the centre: this is the
+# second step.
 #
 # What if the valley is longer, and the start is another one? Let :math:`\kappa`
 # be the larger eigenvalue of :math:`A` over the smaller one. From which start

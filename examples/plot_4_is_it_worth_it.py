@@ -143,10 +143,9 @@ for contender in STYLES:
 # are the first two as well.
 #
 # So on this network, whose gradients vanish, curvature is not the fastest way, and
-# Newton steps in the last layer do not make a well-tuned Muon faster. If each contender
-# had tried `only one or two random settings
-# <../experiments.html#what-does-the-tuning-cost>`__, then CGN + Muon would be the first
-# to 90 % (on one tuning seed).
+# Newton steps in the last layer do not make a well-tuned Muon faster. With the best of
+# `only one or two random settings <../experiments.html#what-does-the-tuning-cost>`__
+# each, CGN + Muon would be the first to 90 % (on one tuning seed).
 #
 # The experiments have two more networks, with 12 random settings for each contender and
 # `no tuning by hand <../experiments.html#who-wins>`__. On **a perceptron with five
@@ -188,8 +187,8 @@ for network in ("sigmoid MLP", "ReLU CNN"):
 
 # %%
 # The next cell runs a part of the race again, to 90 %, from two new seeds. Each
-# contender has its fastest setting to 95 %. CGN + Adam has a faster setting to 90 %,
-# and so takes more steps here than in the table.
+# contender has its fastest setting to 95 %. (In the table, CGN + Adam has another
+# setting to 90 %, with which it takes fewer steps than here.)
 
 # The settings.
 LAST = {"channels_last": True}  # a layout in memory, which is faster here
@@ -419,8 +418,8 @@ assert max(error.pop("λ = 0.03")) < min(
 # - **Which setting first?** The damping, in factors of 3; then the step size, 0.1 to
 #   0.4 if there are several blocks. The guide `Choosing <../guides/choosing.html>`__
 #   has values to begin with.
-# - **Newton steps in which layers?** In the last ones, whose products cost the least.
-#   Let Muon move the other layers.
+# - **If Newton steps, in which layers?** In the last ones, whose products cost the
+#   least. Let Muon move the other layers.
 # - **Which batch?** 64 or 128 images: on this network, the search chose no larger ones
 #   for Newton steps.
 #

@@ -6,13 +6,13 @@ Least squares to many digits suits **second-order steps**: fits, and networks th
 differential equations. On six such problems, the best method of torch and SciPy has 2.3
 to 15 times the error of ``CGNOptimizer`` in the same time. (Each method had six random
 settings. ``CGNOptimizer`` has two variants, of which the better one counts. Errors are
-medians of three or five seeds.) On five problems, this method is SciPy's
-``least_squares``, which takes second-order steps as well. A dense self-scaled Broyden
-method (SSBroyden), which neither torch nor SciPy has, is ahead of ``CGNOptimizer`` on
-four problems, and behind on two.
+medians of three or five seeds.) On five of the six, the best method of torch and SciPy
+is ``least_squares``, which takes second-order steps as well. A dense self-scaled
+Broyden method (SSBroyden), which neither torch nor SciPy has, is ahead of
+``CGNOptimizer`` on four problems, and behind on two.
 
 This page fits a function, solves a differential equation, and races nine methods. Every
-step solves
+step of ``CGNOptimizer`` solves
 
 .. math::
 
@@ -229,10 +229,10 @@ assert error < 1e-4
 # :math:`\gamma` multiplies the part of :math:`r` along an eigenvector of
 # :math:`JJ^\top` by :math:`1 - \gamma s_i`, where :math:`s_i` is the eigenvalue. The
 # steps are stable only if :math:`\gamma < 2 / s_1`, for the largest eigenvalue
-# :math:`s_1`. So the part along :math:`s_i` takes about :math:`s_1 / s_i` steps; with
-# momentum, about the root of :math:`s_1 / s_i`. The matrix :math:`J^\top J` has the
-# same eigenvalues, besides zeros. Here they are for this network, at the start and
-# after training:
+# :math:`s_1`. So about :math:`s_1 / s_i` steps remove most of the part along
+# :math:`s_i`; with momentum, about the root of this number. The matrix :math:`J^\top J`
+# has the same eigenvalues, besides zeros. Here they are for this network, at the start
+# and after training:
 
 # Compute and draw the spectrum, at the start and after training.
 from cgn_tutorial import Nystrom

@@ -432,9 +432,9 @@ assert -low > 5 * high and high_trained > 5 * -low_trained
 assert 0 > low_trained > 0.1 * low
 
 # %%
-# The norm of the residual is more than three times as large as before. But the negative eigenvalues
-# of the residual are close to 0, and the largest eigenvalue has grown. All four curvatures have a
-# few large eigenvalues and many eigenvalues close to 0.
+# The norm of :math:`R` is more than three times as large as before. But the negative eigenvalues of
+# :math:`R` are close to 0, and the largest eigenvalue of :math:`R` has grown. All four curvatures
+# have a few large eigenvalues and many eigenvalues close to 0.
 #
 # Damping moves every eigenvalue :math:`\mu` to :math:`\mu + \lambda`. The next figure shows the
 # sizes of the eigenvalues at initialisation, from the largest eigenvalue to the smallest. Crosses
