@@ -12,13 +12,11 @@ slope, builds a quadratic model of the loss, and steps towards the minimum of th
 
 Here :math:`x` are the parameters, :math:`g` is the gradient, :math:`C` the curvature, :math:`v` the
 step, :math:`\lambda` the damping and :math:`\gamma` the step size. This page builds the formula
-from one dimension up, asks which matrix is :math:`C` for a neural network, and multiplies by this
-matrix without storing it.
+from one dimension up, chooses the matrix :math:`C` for a neural network, and multiplies by
+:math:`C` without storing it.
 
-*About 25 minutes to read, and one to run.* In a hurry? Nine sections make `a shorter way through
-all pages <index.html#way-through>`__. To run this page, ``pip install`` the package as the `front
-page <../index.html#run-it-yourself>`__ says.
-"""
+*About 25 minutes to read, and one to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__. """
 
 # %%
 # The local quadratic model
@@ -49,9 +47,8 @@ def newton_step(x, lam=0.0):
 
 
 # %%
-# Where does the step land from three different points? In each panel, the solid line is the loss,
-# and the dashed line is the parabola. The circle is the start, and the cross is the end of the
-# step.
+# Here are the steps from three points. The solid line is the loss, and the dashed line is the
+# parabola. The circle is the start, and the cross is the end of the step.
 
 # Draw the loss, the parabola that touches it, and the step.
 import matplotlib.pyplot as plt
@@ -142,10 +139,9 @@ assert loss(lying + newton_step(lying, lam=0.8)) < loss(lying)
 # A smaller :math:`\gamma` mends the overshoot from 0.8. From 1.5, half the step still climbs. A
 # damping :math:`\lambda > -C` makes :math:`C + \lambda` positive, and the step points downhill.
 #
-# How much damping is enough? In the next figure, the left panel shows one step from :math:`x =
-# 1.5`, and the right panel shows the loss after the step, for each :math:`\lambda`. The thin line
-# is the loss before the step. On this site, move the sliders; in a notebook or a script, change the
-# next line.
+# How much damping is enough? The left panel shows one step from :math:`x = 1.5`. The right panel
+# shows the loss after the step, for each :math:`\lambda`; the thin line is the loss before the
+# step. On this site, move the sliders; elsewhere, change the next line.
 
 x, lam, gamma = torch.tensor(1.5), 0.8, 1.0
 
@@ -175,10 +171,9 @@ settings = {"x": x.item(), "lambda": lam, "gamma": gamma}
 _ = explorable(fig, "parabola", settings)
 
 # %%
-# In the shaded part, :math:`\lambda < -C`, the step climbs. Just to the right of the shaded part,
-# :math:`C + \lambda` is almost zero, and the step overshoots by far. From :math:`\lambda = 0.57`
-# on, the step lowers the loss. The loss after the step is lowest at :math:`\lambda = 0.73`. More
-# damping only shortens the step.
+# In the shaded part, :math:`\lambda < -C`, the step climbs. Just to the right, :math:`C + \lambda`
+# is almost zero, and the step overshoots by far. From :math:`\lambda = 0.57` on, the step lowers
+# the loss, and at 0.73 most. More damping only shortens the step.
 
 # Check the loss after the step.
 C = grad(grad(loss))(lying)
@@ -253,14 +248,12 @@ _ = describe(
 # Gradient descent bounces between the steep walls. Newton's method divides each component of the
 # gradient by its own curvature. Let :math:`g_\mu` be the component of :math:`g` along an
 # eigenvector of :math:`C` with the eigenvalue :math:`\mu`. In this direction, the damped step is
-# :math:`-g_\mu / (\mu + \lambda)`. If :math:`\mu \gg \lambda`, this is nearly the Newton step,
-# :math:`-g_\mu / \mu`. If :math:`\mu \ll \lambda`, this is nearly a gradient step, :math:`-g_\mu /
-# \lambda`.
+# :math:`-g_\mu / (\mu + \lambda)`: nearly the Newton step if :math:`\mu \gg \lambda`, and nearly a
+# gradient step, :math:`-g_\mu / \lambda`, if :math:`\mu \ll \lambda`.
 #
-# In which directions does a damping shorten the step? In the next figure, the upper panel shows one
-# damped step, and the ends of all damped steps as a curve. The lower panel shows, for each
-# :math:`\lambda` and each direction, which part of the way to the minimum the step goes. On this
-# site, move the sliders; in a notebook or a script, change the next line.
+# The upper panel shows one damped step, and the ends of all damped steps as a curve. The lower
+# panel shows, for each :math:`\lambda` and each direction, which part of the way to the minimum the
+# step goes.
 
 lam, gamma = 1.0, 1.0
 
@@ -310,18 +303,16 @@ settings |= {"start": start.tolist(), "mu": curvatures.tolist()}
 _ = explorable(fig, "valley", settings)
 
 # %%
-# At :math:`\lambda = \mu` and :math:`\gamma = 1`, the step goes half the way. A damping between the
-# two curvatures shortens the step more along the flat direction: with 4, the step goes a fifth of
-# its way there, and five sixths of its way along the steep direction. The step size :math:`\gamma`
-# shortens both directions alike.
+# At :math:`\lambda = \mu` and :math:`\gamma = 1`, the step goes half the way. Damping shortens the
+# step more along the flat direction. The step size :math:`\gamma` shortens both directions alike.
 #
 # Null directions
 # ---------------
 #
 # What happens along a *null direction* :math:`u`, a direction without curvature, :math:`C u = 0`?
-# The smallest example has one image and two classes, and the two outputs are the parameters. The
-# softmax turns the outputs into probabilities. If the same number is added to both outputs, the
-# probabilities stay as they are. So the loss is constant along :math:`u = (1, 1)`.
+# The smallest example has one image and two classes, and the two outputs are the parameters. If the
+# same number is added to both outputs, the softmax gives the same probabilities. So the loss is
+# constant along :math:`u = (1, 1)`.
 
 from torch.func import jacrev
 from torch.nn.functional import cross_entropy
@@ -373,20 +364,18 @@ assert abs(u @ v) < 1e-6
 # Without damping (left), the model is a trough, and each point of the dashed line is a minimum.
 # With damping (right), a single minimum is left, and the step to this minimum is at a right angle
 # to the trough. To see why, multiply :math:`(C + \lambda I)\, v = -g` by :math:`u^\top`. Since
-# :math:`u^\top C = 0` and :math:`g^\top u = 0`, the rest is :math:`\lambda\, u^\top v = 0`: the
-# damped step has no component along :math:`u`. This holds for each null direction along which the
-# gradient is zero, too.
+# :math:`u^\top C = 0` and :math:`u^\top g = 0`, what remains is :math:`\lambda\, u^\top v = 0`: the
+# damped step has no component along :math:`u`.
 #
 # Hessian
 # -------
 #
 # Which matrix is :math:`C` for a network? The first answer is the **Hessian**, :math:`H = \nabla^2
-# L(x)`, the matrix of all second derivatives of the loss. With :math:`C = H` and :math:`\lambda =
-# 0`, the model :math:`q` agrees with the loss to second order.
+# L(x)`, the matrix of all second derivatives of the loss.
 #
-# Take a network so small that a figure can show its matrices. The network has three layers and 113
-# parameters, and the data are 100 images of the digits 0, 1 and 2, shrunk to 3 × 3 pixels. The
-# vector :math:`x` holds all parameters.
+# Take a network so small that a figure can show its matrices: three layers, 113 parameters, and 100
+# images of the digits 0, 1 and 2, shrunk to 3 × 3 pixels. The vector :math:`x` holds all
+# parameters.
 
 from torch.nn.utils import parameters_to_vector
 
@@ -413,7 +402,7 @@ print(f"{len(H)} eigenvalues, from {smallest:.3f} to {largest:.3f}")
 assert len(H) == 113 and smallest < 0
 
 # %%
-# The Hessian has negative eigenvalues, so that the model may mislead.
+# The Hessian has negative eigenvalues: the model may mislead.
 #
 # Generalized Gauss-Newton
 # ------------------------
@@ -442,7 +431,7 @@ assert len(H) == 113 and smallest < 0
 # semi-definite*. If a loss is not convex in the outputs, as :math:`\ln(1 + z^2)`, then the GGN may
 # have negative eigenvalues.
 #
-# The figure shows the three factors for one image, not to scale:
+# Here are the three factors for one image, not to scale:
 
 # Draw the GGN as the product of its three factors.
 from matplotlib.patches import Rectangle
@@ -492,11 +481,9 @@ assert bent(torch.tensor(2.0)) < 0
 
 # %%
 # Up to rounding, the smallest eigenvalue of the GGN is zero: the GGN has null directions. For
-# instance, adding 1 to all biases of the last layer adds 1 to all outputs, and the softmax stays
-# the same. A small batch leaves more null directions. If the loss is cross-entropy, N images of K
-# classes give the GGN a rank of at most N (K − 1), and 64 images of ten classes a rank of at most
-# 576. Let :math:`u` add 1 to the last biases. The output shows that :math:`u` is a null direction,
-# that the damped step has no part along :math:`u`, and which rank 5 images of 3 classes give:
+# instance, let :math:`u` add 1 to all biases of the last layer. Then all outputs rise by 1, and the
+# softmax stays the same. A small batch leaves more null directions: if the loss is cross-entropy, N
+# images of K classes give the GGN a rank of at most N (K − 1).
 
 u = torch.zeros_like(x_init)
 u[-3:] = 1  # the last bias
@@ -519,21 +506,19 @@ assert abs(u @ v) < 1e-12
 assert rank <= 5 * 2
 
 # %%
-# The *positive-curvature Hessian* (PCH) changes the residual so that no eigenvalue is negative.
-# `Page A <plot_a_positive_curvature.html>`__ derives the PCH, and relates the GGN to the Fisher
-# matrix.
+# The *positive-curvature Hessian* (PCH) changes the residual so that no eigenvalue is negative;
+# `page A <plot_a_positive_curvature.html>`__ derives the PCH.
 #
 # Block-diagonal
 # --------------
 #
 # Smaller systems are easier to solve. A **block** is the square part of the matrix that belongs to
 # some of the parameters, here to one tensor, a weight or a bias. A block-diagonal curvature keeps
-# the blocks and drops the rest, so that each block has a system of its own. If :math:`v` is zero
-# outside a block, then :math:`v^\top G\, v` contains the entries of the block alone. So the blocks
-# of a positive semi-definite matrix are positive semi-definite.
+# the blocks and drops the rest, and each block has a system of its own. The blocks of a positive
+# semi-definite matrix are positive semi-definite: if :math:`v` is zero outside a block, then
+# :math:`v^\top G\, v` contains the entries of the block alone.
 #
-# How much of the matrix do the blocks hold? The next figure outlines the blocks. Each row and each
-# column belongs to one parameter.
+# The next figure outlines the blocks. Each row and each column belongs to one parameter.
 
 # Draw both matrices, with the blocks outlined.
 from matplotlib.colors import SymLogNorm
@@ -578,14 +563,13 @@ for name, matrix in (("Hessian", H), ("GGN", G)):
     assert (matrix.abs() == matrix.abs().max()).nonzero().min() >= edges[4]
 
 # %%
-# The largest entry belongs to the last layer. A block-diagonal curvature drops about half of the
-# squared norm. The Hessian has stripes that the GGN lacks: the stripes are part of the residual.
+# A block-diagonal curvature drops about half of the squared norm. The Hessian has stripes that the
+# GGN lacks: the stripes are part of the residual.
 #
 # Products without matrices
 # -------------------------
 #
-# The network of page 3 has 21,840 parameters. How much memory does its matrix take, and how much
-# the matrix of a billion parameters?
+# How much memory does the matrix take, for the network of page 3 and for a billion parameters?
 
 from cgn_tutorial.pages import make_model
 
@@ -597,16 +581,15 @@ for n in sum(p.numel() for p in model.parameters()), 10**9:
 # %%
 # No machine stores four billion gigabytes. Yet some solvers need only the **product** of the matrix
 # with a vector. The Hessian is symmetric, and is the Jacobian of the gradient. So a backward pass
-# through the gradient, from :math:`v`, gives :math:`H v`. (`Pearlmutter, "Fast Exact Multiplication
-# by the Hessian" (1994) <https://doi.org/10.1162/neco.1994.6.1.147>`__, differentiates forwards
-# along :math:`v`.) The product with the GGN applies the three factors one by one, from right to
-# left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top (H_L J v)`.
+# through the gradient, from :math:`v`, gives :math:`H v` (compare `Pearlmutter, 1994
+# <https://doi.org/10.1162/neco.1994.6.1.147>`__). The product with the GGN applies the three
+# factors one by one, from right to left: :math:`J v`, then :math:`H_L (J v)`, then :math:`J^\top
+# (H_L J v)`.
 #
-# PyTorch's ``vjp`` returns the value of a function, and a second function, ``Jt``: :math:`u \mapsto
-# J^\top u`. The function ``Jt`` is linear, with the matrix :math:`J^\top`. So the ``vjp`` of
-# ``Jt``, at any point, multiplies by the transpose of :math:`J^\top`, which is :math:`J` (Jamie
-# Townsend, "A new trick for calculating Jacobian vector products", 2017). Two ``vjp`` give :math:`J
-# v`:
+# PyTorch's ``vjp`` returns the value of a function, and a second function, ``Jt``, which multiplies
+# by :math:`J^\top`. The function ``Jt`` is linear. So the ``vjp`` of ``Jt`` multiplies by the
+# transpose of :math:`J^\top`, which is :math:`J` (`Townsend, 2017
+# <https://j-towns.github.io/2017/06/12/A-new-trick.html>`__). Two ``vjp`` give :math:`J v`:
 
 from torch.func import vjp
 
@@ -631,7 +614,7 @@ for name, product, dense in (("H v", Hv, H @ v), ("G v", Gv, G @ v)):
     assert error < 1e-12
 
 # %%
-# How long does one product take, in gradients, with 21,840 parameters and a batch of 64 images?
+# How long does a product take, in gradients, for the network of page 3 and 64 images?
 
 # What to time: a gradient and three products.
 import statistics
@@ -674,12 +657,11 @@ for name, median in medians.items():
     print(f"{name:23}: {median / medians['gradient']:.1f} gradients")
 
 # %%
-# A product costs a few gradients; if the graph is kept, about one. A product takes the same few
-# passes through a small network and a large one: this makes training with curvature possible
-# (`Martens, "Deep learning via Hessian-free optimization" (2010)
+# A product costs a few gradients, whatever the number of parameters: this makes training with
+# curvature possible (`Martens, 2010
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__). In the last line, all
-# products of a step share the graph of one forward pass; `page 5
-# <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows how.
+# products of a step share the graph of one forward pass, and a product costs about one gradient;
+# `page 5 <plot_5_any_architecture.html#products-by-automatic-differentiation>`__ shows how.
 #
 # `Page 2 <plot_2_conjugate_gradients.html>`__ builds a solver that needs products alone.
 #
@@ -689,8 +671,7 @@ for name, median in medians.items():
 # .. fold:: A parameter has the gradient 0.2 and the curvature −0.1. Which dampings make its step
 #     point downhill, and what is the step at a damping of 0.5?
 #
-#    All dampings above 0.1: then :math:`C + \lambda` is positive. At 0.5 the step is :math:`v =
-#    -0.2 / (-0.1 + 0.5) = -0.5`.
+#    All dampings above 0.1. At 0.5 the step is :math:`v = -0.2 / (-0.1 + 0.5) = -0.5`.
 #
 # .. fold:: A network has a million parameters and ten outputs, a batch has 64 images, and the loss
 #     is cross-entropy. What is the largest rank that the GGN can have? Does the Hessian obey the
@@ -705,8 +686,8 @@ for name, median in medians.items():
 #     is enough?
 #
 #    The damping 0.45 exceeds :math:`-C = 0.41`, and the step points downhill. But :math:`C +
-#    \lambda` is almost zero, and the whole step overshoots: the loss rises. A ``gamma`` of 0.5 is
-#    still too large, and 0.25 is enough.
+#    \lambda` is almost zero, and the whole step overshoots. A ``gamma`` of 0.5 is still too large,
+#    and 0.25 is enough.
 
 # Check the answers.
 assert abs(-0.2 / (-0.1 + 0.5) + 0.5) < 1e-12

@@ -9,17 +9,15 @@ is the negative gradient, :math:`b = -g`. On this page, :math:`x` is the step,
 which page 1 calls :math:`v`. The matrix is too large to store, but a product
 with :math:`A` costs only a few gradients.
 
-The method of conjugate gradients (CG) solves the system by such products alone.
-How does CG work, when should CG stop, and what happens at negative curvature?
-CG is due to Hestenes and Stiefel, `Methods of Conjugate Gradients for Solving
-Linear Systems (1952) <https://doi.org/10.6028/jres.049.044>`__; the classic
-explanation is Shewchuk's `An Introduction to the Conjugate Gradient Method
-Without the Agonizing Pain (1994)
+The method of conjugate gradients (CG; `Hestenes and Stiefel, 1952
+<https://doi.org/10.6028/jres.049.044>`__) solves the system by such products
+alone. How does CG work, when should CG stop, and what happens at negative
+curvature? The classic explanation is Shewchuk's `An Introduction to the
+Conjugate Gradient Method Without the Agonizing Pain (1994)
 <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__.
 
-*About 25 minutes to read, and one to run.* To run this page, ``pip install``
-the package as the `front page <../index.html#run-it-yourself>`__ says.
-"""
+*About 25 minutes to read, and one to run.* To run this page, `install the
+package <../index.html#run-it-yourself>`__. """
 
 # %%
 # A quadratic to minimise
@@ -31,8 +29,7 @@ the package as the `front page <../index.html#run-it-yourself>`__ says.
 # .. math:: \phi(x) = \tfrac{1}{2} x^\top A x - b^\top x
 #
 # are the same task: the gradient of the model is :math:`A x - b`. The residual
-# :math:`r = b - A x` is the negative gradient of the model, and points
-# downhill.
+# :math:`r = b - A x` is the negative gradient.
 #
 # Along any direction :math:`p` from :math:`x`, the model is a parabola. At
 # :math:`x + \alpha p`, the slope along :math:`p` is :math:`\alpha\, p^\top A p
@@ -89,11 +86,10 @@ assert missing > 0.05
 torch.testing.assert_close(conjugate[-1], solution, rtol=1e-12, atol=0)
 
 # %%
-# Two steps of CG reach the solution, up to rounding. In the next figure, the
-# left panel shows both paths over the contours of the model. The right panel
-# shows the paths in the coordinates :math:`y = S^\top x`, with :math:`A = S
-# S^\top`. In :math:`y`, the contours are circles, and :math:`p^\top A p_+` is
-# the ordinary inner product: conjugate directions meet at a right angle.
+# Two steps of CG reach the solution, up to rounding. The left panel shows both
+# paths over the contours of the model. The right panel shows the paths in the
+# coordinates :math:`y = S^\top x`, with :math:`A = S S^\top`. In :math:`y`, the
+# contours are circles, and conjugate directions meet at a right angle.
 
 # Draw the contours of the quadratic model.
 from matplotlib import pyplot as plt
@@ -141,18 +137,15 @@ torch.testing.assert_close(three / three.norm(), one / one.norm())
 # %%
 # Gradient descent turns at a right angle in the left panel. So the third step
 # is parallel to the first step, and repairs what the second step undid. CG
-# turns at a right angle in the right panel, in the coordinates :math:`y`. The
-# first step ends where it is tangent to one of the circles. The radius at this
-# point is at a right angle to the step, and leads to the centre: this is the
-# second step.
+# turns at a right angle in the right panel. There, the first step ends where it
+# is tangent to a circle. The second step is at a right angle to this tangent,
+# and so leads along the radius to the centre.
 #
 # What if the valley is longer, and the start is another one? Let :math:`\kappa`
 # be the larger eigenvalue of :math:`A` over the smaller one. From which start
 # does gradient descent arrive at once, and from which start is gradient descent
-# slowest? On this site, drag the start, and move the sliders of :math:`\kappa`
-# and of the number of steps; in a notebook or a script, change the next two
-# lines. In the next figure, the right panel shows the distance to the solution,
-# as a part of the distance at the start.
+# slowest? On this site, drag the start, and move the sliders; elsewhere, change
+# the next two lines.
 
 kappa, steps = 10.0, 10
 x_0 = torch.tensor([0.0, 0.0]).double()
@@ -210,17 +203,17 @@ settings |= {"solution": solution.tolist(), "flat": flat.tolist()}
 _ = explorable(fig, "paths", settings)
 
 # %%
-# If the start lies on an axis of the ellipses, :math:`r` points at the
-# solution, and one step is enough. Gradient descent is slowest if the start's
-# distance to the solution along the long axis is :math:`\kappa` times that
-# along the short axis. From there, each step of gradient descent multiplies the
-# distance to the solution by :math:`(\kappa - 1) / (\kappa + 1)`. CG takes at
-# most two steps, from any start, for any :math:`\kappa`.
+# From a start on an axis of the ellipses, one step is enough: :math:`r` points
+# at the solution. Gradient descent is slowest if the start's distance to the
+# solution along the long axis is :math:`\kappa` times that along the short
+# axis. From there, each step multiplies the distance by :math:`(\kappa - 1) /
+# (\kappa + 1)`. CG takes at most two steps, from any start, for any
+# :math:`\kappa`.
 #
 # CG makes each direction conjugate to the last direction only. Is this enough
-# for more than two unknowns? Take a random system with twelve unknowns, and
-# twelve steps. The next figure shows the size of the cosine between any two
-# steps, in the inner product :math:`u^\top A v`.
+# for more than two unknowns? For a random system with twelve unknowns, the next
+# figure shows the cosines between the steps, in the inner product :math:`u^\top
+# A v`.
 
 torch.manual_seed(0)
 n = 12
@@ -263,9 +256,8 @@ _ = describe(
 )
 
 # %%
-# Gradient descent repeats its steps: the cosine between a step and the step
-# after the next one is above one half. Each step of CG settles one direction
-# for good, and twelve steps solve for twelve unknowns.
+# Gradient descent repeats every second step. Each step of CG settles one
+# direction for good, and twelve steps solve for twelve unknowns.
 #
 # The algorithm
 # -------------
@@ -325,8 +317,8 @@ def textbook_cg(A, b, steps):
 
 
 # %%
-# **Memory.** Besides ``b``, CG holds four vectors, for any number of steps:
-# ``x``, ``r``, ``p`` and ``Ap``. How much is this for a network?
+# Besides ``b``, CG holds four vectors, for any number of steps: ``x``, ``r``,
+# ``p`` and ``Ap``. How much memory is this for a network?
 
 from cgn_tutorial.pages import make_model
 
@@ -337,9 +329,9 @@ for n_parameters in network, 10**9:
 
 # %%
 # The package's ``cg`` takes the same steps, for a matrix given as a function.
-# ``M`` is a `preconditioner
-# <plot_b_how_fast_how_exact.html#preconditioning>`__, an option. By default,
-# ``M`` returns its argument, so that ``z`` is the residual ``r``.
+# The option ``M`` is a `preconditioner
+# <plot_b_how_fast_how_exact.html#preconditioning>`__; without this option,
+# ``z`` is the residual ``r``.
 
 import inspect
 import math
@@ -349,10 +341,7 @@ from cgn_tutorial import cgn
 print(inspect.getsource(cgn._steps))
 
 # %%
-# Around this loop, ``cg`` checks each step. Is the residual small enough? Are
-# the allowed products used up? Has `rounding
-# <plot_b_how_fast_how_exact.html#rounding>`__ spoiled the residual? Is the
-# curvature :math:`p^\top A p` positive? Are all numbers finite?
+# Around this loop, ``cg`` decides when to stop.
 
 # Define solve, which keeps the iterates, and compare all three loops.
 from cgn_tutorial import cg
@@ -373,29 +362,26 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # How fast, with damping
 # ----------------------
 #
-# A network has millions of unknowns, far more than the steps that a solve can
-# afford. Let :math:`\kappa` be the condition number of :math:`A`, the largest
+# Let :math:`\kappa` be the condition number of :math:`A`, the largest
 # eigenvalue over the smallest. To divide the error by 1000, CG takes at most
 # about
 #
 # .. math:: \tfrac{1}{2} \sqrt{\kappa} \ln 2000
 #
 # steps; for gradient descent, the bound is :math:`\tfrac{1}{2} \kappa \ln
-# 1000`. `Page B <plot_b_how_fast_how_exact.html>`__ proves both bounds, and
-# shows when CG is faster than the bound.
+# 1000`. `Page B <plot_b_how_fast_how_exact.html>`__ proves both bounds.
 #
-# Damping lowers :math:`\kappa`. If the eigenvalues of the curvature lie between
+# Damping lowers :math:`\kappa`: if the eigenvalues of the curvature lie between
 # 0 and :math:`\mu_1`, then :math:`\kappa \le 1 + \mu_1 / \lambda`. So a tenth
 # of the damping makes the bound about :math:`\sqrt{10} \approx 3` times as
 # large.
 #
 # How many products does CG take for a network? Take the `GGN
-# <plot_1_newton_step.html#generalized-gauss-newton>`__ of the tutorial's
-# network, for the 250 weights of the first layer and a batch of 64 images,
-# after a short training with Adam. The library BackPACK leaves two functions on
-# the weight: ``ggnmp`` multiplies by the GGN, and ``hmp`` by the `Hessian
-# <plot_1_newton_step.html#hessian>`__. The tolerance is 0.01: CG stops once the
-# residual is a hundredth of the gradient.
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ of the network of page
+# 3, for the 250 weights of the first layer, after a short training with Adam.
+# The library BackPACK leaves two functions on the weight: ``ggnmp`` multiplies
+# by the GGN, and ``hmp`` by the `Hessian <plot_1_newton_step.html#hessian>`__.
+# CG stops once the residual is a hundredth of the gradient.
 
 # Train with Adam for 150 steps, and let BackPACK leave the products.
 import warnings
@@ -468,18 +454,16 @@ _ = describe(
 )
 
 # %%
-# With less damping, CG takes more products, and the step is longer. If the
-# damping falls to a tenth, the products grow by a factor below
-# :math:`\sqrt{10}`. All four solves take far fewer products than there are
-# unknowns, 250.
+# With less damping, CG takes more products, and the step is longer. A tenth of
+# the damping multiplies the products by less than :math:`\sqrt{10}`. All four
+# solves take far fewer products than there are unknowns, 250.
 #
 # When to stop
 # ------------
 #
-# The quadratic model is only local, so an exact solution is not worth its
-# price. Dembo, Eisenstat and Steihaug, `Inexact Newton Methods
-# <https://doi.org/10.1137/0719025>`__ (1982), show how large the residual may
-# be. ``cg`` ends as soon as
+# The quadratic model is only local, so an exact solution is not worth its price
+# (`Dembo, Eisenstat and Steihaug, 1982 <https://doi.org/10.1137/0719025>`__).
+# ``cg`` ends as soon as
 #
 # .. math::
 #
@@ -488,14 +472,10 @@ _ = describe(
 #
 # or after ``maxiter`` products.
 #
-# - ``tol`` bounds the residual relative to the gradient. With 0.1, the solve
-#   ends once the residual is a tenth of the gradient, for any scale of the
-#   loss.
-# - ``atol`` is the size, in the units of the gradient, below which a residual
-#   counts as zero. If the gradient itself is below ``atol``, the solve takes no
-#   product, and the step is zero.
-# - ``maxiter`` is the largest number of products. A solve that uses them up
-#   returns its last iterate.
+# - ``tol`` bounds the residual relative to the gradient.
+# - ``atol`` is the size below which a residual counts as zero. If the gradient
+#   itself is below ``atol``, the step is zero.
+# - ``maxiter`` is the largest number of products.
 
 # Check the three options.
 A = ggn[1e-4]
@@ -505,8 +485,8 @@ assert cg(A, -g, maxiter=4).solve.products == 4
 
 # %%
 # Is an inexact step good enough for an optimizer? First, the step must point
-# downhill. Every iterate of CG after :math:`x_0 = 0` points downhill, if all
-# :math:`p_i^\top A p_i > 0`:
+# downhill. If all :math:`p_i^\top A p_i > 0`, every iterate after :math:`x_0 =
+# 0` does:
 #
 # .. math::
 #
@@ -522,8 +502,8 @@ assert cg(A, -g, maxiter=4).solve.products == 4
 #    the sum above.
 #
 # Second, the step should reach most of the decrease that the quadratic model
-# allows. Which part is still missing, if CG stops at a residual of a tenth?
-# Take the smallest of the four dampings, and compare with a long solve:
+# allows. Which part is missing, if CG stops at a tolerance of 0.1? Take the
+# smallest of the four dampings, and compare with a long solve:
 
 A, tol = ggn[1e-4], 0.1
 
@@ -568,27 +548,25 @@ _ = describe(
 
 # %%
 # The residual rises now and then; the model value falls at every product. The
-# thin line is a tolerance of 0.1. A solve that stops there takes less than half
-# of the products of the long solve, and reaches more than nine tenths of the
-# decrease. Martens, `Deep learning via Hessian-free optimization (2010)
+# thin line is the tolerance of 0.1. A solve that stops there takes less than
+# half of the products, and reaches more than nine tenths of the decrease.
+# (`Martens, 2010
 # <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`__, stops by
-# the progress of the model value instead.
+# the progress of the model value instead.)
 #
 # Negative curvature
 # ------------------
 #
-# CG needs :math:`p^\top A p > 0` for every direction that CG takes. For the
-# Hessian of a network, :math:`p^\top A p` may be negative. The smallest example
-# has one direction of positive curvature and one of negative curvature:
+# For the Hessian of a network, :math:`p^\top A p` may be negative. The smallest
+# example has one direction of positive curvature and one of negative curvature:
 #
 # .. math::
 #
 #    A = \begin{bmatrix} 1 & 0 \\ 0 & -2 \end{bmatrix}, \qquad
 #    b = \begin{bmatrix} 1 \\ 2 \end{bmatrix}.
 #
-# Here are the steps of plain CG, ``negative_curvature="ignore"``. The last line
-# of the output is the result of ``cg`` by default,
-# ``negative_curvature="stop"``:
+# Plain CG, ``negative_curvature="ignore"``, goes on; by default, ``"stop"``,
+# ``cg`` stops:
 
 diagonal = torch.tensor([1.0, -2.0]).double()
 b = torch.tensor([1.0, 2.0]).double()
@@ -634,19 +612,18 @@ _ = describe(
 # %%
 # The first direction, :math:`p = b = (1, 2)`, points downhill, and
 # :math:`p^\top A p = 1 - 8 = -7`. Along :math:`p`, the model falls without end,
-# and its only stationary point is a maximum, at :math:`\alpha = -5 / 7`. Plain
-# CG steps to this maximum: backwards and uphill. The second step solves the
-# system: :math:`(1, -1)` is a saddle point, higher than the start.
+# and has a maximum behind the start, at :math:`\alpha = -5 / 7`. Plain CG steps
+# to this maximum: backwards and uphill. The second step solves the system, at
+# the saddle point :math:`(1, -1)`, higher than the start.
 #
-# Dembo and Steihaug, `Truncated-Newton algorithms for large-scale unconstrained
-# optimization (1983) <https://doi.org/10.1007/BF02592055>`__, found a remedy:
-# stop at the first direction with :math:`p^\top A p \le 0`. All earlier
-# directions have positive curvature, so the last iterate points downhill. If
-# even the first direction has no positive curvature, then ``cg`` returns
-# :math:`b = -g`, a step of gradient descent.
+# The remedy is to stop at the first direction with :math:`p^\top A p \le 0`
+# (`Dembo and Steihaug, 1983 <https://doi.org/10.1007/BF02592055>`__). All
+# earlier directions have positive curvature, so the last iterate points
+# downhill. If this is the first direction already, then ``cg`` returns :math:`b
+# = -g`, a step of gradient descent.
 #
 # Does the remedy matter for the network? Solve with the Hessian of the first
-# layer in both ways, with a damping of 0.01 and a tolerance of 0.1:
+# layer in both ways:
 
 lam = 1e-2
 A = damped(weight.hmp, lam)
@@ -692,24 +669,22 @@ _ = describe(
 
 # %%
 # Both solves take the same steps until the first direction of negative
-# curvature. There, the stopped solve ends, with the iterate before, which
-# points downhill. Plain CG steps to the maximum along this direction, and the
-# model value jumps up. Plain CG takes several times as many products, and ends
-# at a saddle point of the model, here higher than the start.
+# curvature. There, the stopped solve ends. Plain CG steps to the maximum along
+# this direction, and the model value jumps up. Plain CG takes several times as
+# many products, and ends at a saddle point of the model, here higher than the
+# start.
 #
-# The stopped step is not safe, either. The quadratic model promises a decrease
-# larger than the whole loss, and a cross-entropy cannot fall below zero.
+# The stopped step is not safe, either: the model promises a decrease larger
+# than the whole loss, and a cross-entropy cannot fall below zero.
 #
-# A gradient, products, a damping and a tolerance are all that a Newton step
-# needs. `Page 3 <plot_3_matrix_free_optimization.html>`__ makes an optimizer of
-# them.
+# `Page 3 <plot_3_matrix_free_optimization.html>`__ makes an optimizer of these
+# parts.
 #
 # Check yourself
 # --------------
 #
-# .. fold:: One matrix has the condition number 100, another matrix 10,000. The
-#     accuracy is the same. By which factor do the bounds on the products
-#     differ?
+# .. fold:: One matrix has the condition number 100, another matrix 10,000. By
+#     which factor do the bounds on the products differ?
 #
 #    By a factor of about ten: the bound grows with :math:`\sqrt{\kappa}`.
 #
@@ -723,9 +698,8 @@ _ = describe(
 #     **options)`` once more with ``lam = 0.03``. How does the solve end? How
 #     large is the decrease that the model promises, ``result.solve.decrease``?
 #
-#    The solve converges after five products: each direction has positive
-#    curvature. The model promises a decrease of 0.042, a small part of the
-#    loss.
+#    The solve converges after five products, and the model promises a decrease
+#    of 0.042, a small part of the loss.
 
 # Check the first answer and the exercise.
 steps = []

@@ -2,11 +2,10 @@ r"""
 3. Matrix-free second-order optimization
 ========================================
 
-This page writes an optimizer that trains a network in 50 steps. On this
-network, convolutional and full of sigmoids, 50 steps of plain gradient descent
-do not lower the loss below 2.2, from 2.3. Going back through a sigmoid
-multiplies the gradient by at most one quarter, and the network has three
-sigmoids in a row: in the first layers, gradients vanish.
+This page writes an optimizer that trains a convolutional network in 50 steps.
+The network has three sigmoids in a row. Going back through a sigmoid multiplies
+the gradient by at most one quarter: in the first layers, gradients vanish, and
+50 steps of plain gradient descent do not lower the loss below 2.2, from 2.3.
 
 A step moves the parameters :math:`x` to :math:`x + \gamma v`. The Newton step
 :math:`v` solves
@@ -19,18 +18,16 @@ with the gradient :math:`g`, a curvature matrix :math:`C` and the damping
 :math:`\lambda` (`page 1 <plot_1_newton_step.html>`__). Conjugate gradients (CG,
 `page 2 <plot_2_conjugate_gradients.html>`__) solve this system.
 
-The method, the experiment and the published numbers come from BackPACK's
-example `Matrix-free second-order optimization
+The experiment and the published numbers come from BackPACK's example
+`Matrix-free second-order optimization
 <https://docs.backpack.pt/en/master/use_cases/example_cg_newton.html>`__
-(Dangel, Kunstner and Hennig, `BackPACK: Packing more into backprop
-<https://openreview.net/forum?id=BJlrF24twB>`__, ICLR 2020), which builds on
-`PyTorch's MNIST example
-<https://github.com/pytorch/examples/tree/main/mnist>`__. Text and code here are
-our own.
+(Dangel, Kunstner and Hennig, `ICLR 2020
+<https://openreview.net/forum?id=BJlrF24twB>`__), which builds on `PyTorch's
+MNIST example <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and
+code here are our own.
 
-*About 25 minutes to read, and three to run.* To run this page, ``pip install``
-the package as the `front page <../index.html#run-it-yourself>`__ says.
-"""
+*About 25 minutes to read, and three to run.* To run this page, `install the
+package <../index.html#run-it-yourself>`__. """
 
 # %%
 # One step
@@ -85,9 +82,8 @@ _ = describe(
 # A first optimizer
 # -----------------
 #
-# The settings are those of BackPACK's example, called the published run below.
-# For other networks, the guide `Choosing <../guides/choosing.html>`__ has
-# values to begin with.
+# The settings are those of BackPACK's example, the *published run*. For other
+# networks, see `Choosing <../guides/choosing.html>`__.
 
 # What this page imports.
 import warnings
@@ -121,8 +117,6 @@ SEED = 0
 device = default_device()
 
 # %%
-# The seed fixes the first weights and the order of the images.
-
 loader = mnist_loader(BATCH_SIZE)
 loss_function = extend(nn.CrossEntropyLoss())
 torch.manual_seed(SEED)
@@ -136,9 +130,9 @@ assert sum(p.numel() for p in model.parameters()) == 21_840
 # %%
 # BackPACK multiplies by the `block diagonal
 # <plot_1_newton_step.html#block-diagonal>`__ of the curvature: each parameter
-# tensor has a block, and so a linear system of its own. BackPACK leaves a
-# function on each parameter, ``ggnmp``, which multiplies a vector by the
-# parameter's block. The optimizer defines the product, solves and moves:
+# tensor has a linear system of its own. BackPACK leaves a function on each
+# parameter, ``ggnmp``, which multiplies by the parameter's block. The optimizer
+# defines the product, solves and moves:
 
 
 class NewtonCG(torch.optim.Optimizer):
@@ -190,8 +184,7 @@ for i in range(0, STEPS, 10):
     print(f"step {i:2d}: loss {losses[i]:.2f}, accuracy {accuracies[i]:.2f}")
 
 # %%
-# Within 50 steps, the loss falls from 2.3 to below 0.5. A loss of :math:`2.3 =
-# \ln 10` is that of guessing: the same probability for each of ten digits.
+# The loss falls from :math:`2.3 = \ln 10`, the loss of guessing, to below 0.5.
 
 # Check the loss and the accuracy.
 assert losses[0] > 2.3 > 0.5 > losses[-1]
@@ -201,8 +194,8 @@ assert accuracies[-1] > 0.8
 # What the package adds
 # ---------------------
 #
-# The package has this optimizer, too: ``CGNOptimizer``, short for
-# conjugate-gradient Newton. Does ``CGNOptimizer`` take the same steps?
+# The package's ``CGNOptimizer`` (conjugate-gradient Newton) takes the same
+# steps:
 
 SOLVER = {"lr": LR, "damping": DAMPING, **STOP}
 
@@ -232,8 +225,7 @@ print(f"largest difference between the losses: {gap:g}")
 # - checks before any parameter moves: an error names the parameter and the
 #   remedy;
 # - weight decay, a `bound on the length of the step
-#   <../guides/choosing.html>`__, and warm starts, solves that begin near the
-#   last step;
+#   <../guides/choosing.html>`__, and warm starts;
 # - a `report on each solve <../guides/diagnostics.html>`__;
 # - training in `several processes <plot_6_several_processes.html>`__;
 # - Newton steps for some layers, `beside another optimizer's steps
@@ -264,10 +256,10 @@ assert abs(s[step.argmax()] / DAMPING**0.5 - 1) < 0.05
 assert abs(step[0] * DAMPING / g[0] - 1) < 0.01
 
 # %%
-# The table has a row for each layer's weight, before the 51 steps and after, on
-# the first 64 images: the gradient's length; the curvature, here the largest
-# eigenvalue of the GGN's block; the step's length over the gradient's length;
-# and the cosine of the angle between :math:`v` and :math:`-g`.
+# The table has, for each layer's weight, before the 51 steps and after: the
+# gradient's length; the curvature, here the largest eigenvalue of the GGN's
+# block; the step's length over the gradient's; and the cosine of the angle
+# between :math:`v` and :math:`-g`.
 
 
 # Measure gradient, curvature and step of each layer.
@@ -307,13 +299,11 @@ for when, rows in tables.items():
 # %%
 # Before training, the first convolution's gradient is less than a hundredth of
 # the last layer's. The curvature of both convolutions is below the damping of
-# 0.01, and their steps are not far from :math:`-g / \lambda`. The first
-# convolution's ratio :math:`\lVert v \rVert / \lVert g \rVert` is over a
-# hundred times the last layer's: gradient steps with a single learning rate
-# cannot have these lengths. All four steps point roughly along :math:`-g`, so
-# that the curvature acts much like a learning rate for each layer. After
-# training, the curvature of all layers is above the damping, and the steps turn
-# away from :math:`-g`.
+# 0.01, and their steps are close to :math:`-g / \lambda`. All four steps point
+# roughly along :math:`-g`: the curvature acts much like a learning rate for
+# each layer. The first convolution's "learning rate", :math:`\lVert v \rVert /
+# \lVert g \rVert`, is over a hundred times the last layer's. After training,
+# the steps turn away from :math:`-g`.
 #
 # Does the network train because each layer's step has its own length? `Page 4
 # <plot_4_is_it_worth_it.html#what-does-the-work>`__ tests this.
@@ -337,15 +327,15 @@ assert (after[3] < 0.95).all()
 #
 # - the **GGN** drops the second derivatives of the network;
 # - the **Hessian** drops nothing, and has negative eigenvalues;
-# - two **positive-curvature Hessians** (PCH; Chen, Chou and Chang, `2018
-#   <https://arxiv.org/abs/1802.06502>`__) change the residual :math:`R` of page
-#   1, in one of two ways (abs, clip), so that `no eigenvalue is negative
+# - two **positive-curvature Hessians** (PCH-abs, PCH-clip; `Chen, Chou and
+#   Chang, 2018 <https://arxiv.org/abs/1802.06502>`__) change the second
+#   derivatives so that `no eigenvalue is negative
 #   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. BackPACK's
 #   versions are `close to the GGN
 #   <plot_a_positive_curvature.html#backpack-s-products>`__ here.
 #
-# As in the published run, CG on the Hessian ignores negative curvature, and
-# goes on: page 2 calls this plain CG.
+# As in the published run, the Hessian meets plain CG, which ignores negative
+# curvature.
 
 
 def sgd(lr):
@@ -398,8 +388,7 @@ _ = describe(
 )
 
 # %%
-# All runs begin on a plateau, the loss of guessing. The GGN and both PCH leave
-# the plateau together: their curves lie on each other. The Hessian and SGD at
+# The GGN and both PCH leave the plateau at 2.3 together. The Hessian and SGD at
 # all five rates stay above 2.2.
 
 # Check the nine runs.
@@ -415,10 +404,9 @@ assert max(histories["SGD, lr=10"].loss) > 3
 # Published and reproduced
 # ------------------------
 #
-# The published run printed loss and accuracy every ten steps. The first two
-# columns have the last loss, published and here. The last two columns have the
-# largest difference at any printed step: of the loss, and of the number of
-# correct images out of 64.
+# The published run printed loss and accuracy every ten steps. The table has the
+# last loss, published and here, and the largest difference at any printed step:
+# of the loss, and of the number of correct images out of 64.
 
 published = load_published_run()
 assert published["config"] == SOLVER | {"batch_size": BATCH_SIZE, "seed": SEED}
@@ -437,11 +425,9 @@ for label, figures in published["runs"].items():
     print(f"{difference[label, 'loss']:.5f}   {images}")
 
 # %%
-# The losses of SGD agree with the published losses to within 0.0001, those of
-# the GGN and both PCH to within 0.002. The accuracies of these eight runs agree
-# to within one image. The Hessian with plain CG has other digits than the
-# published run, but in both runs, the loss stays above 2.2 and the accuracy
-# below 0.2.
+# The losses of SGD agree to within 0.0001, those of the GGN and both PCH to
+# within 0.002, and the accuracies to within one image. The Hessian with plain
+# CG has other digits here, but stays above 2.2 in both runs.
 
 # Check the eight runs, and the Hessian's.
 assert iterations[-1] == STEPS - 1
@@ -472,12 +458,11 @@ for label, figures in published["runs"].items():
 # How much damping?
 # -----------------
 #
-# Five runs with the GGN have five dampings. The products come from `automatic
-# differentiation <plot_5_any_architecture.html>`__ in place of BackPACK, and
-# the matrix is the same. The table has the mean loss of the last ten steps, the
-# products of all 51 steps, and the ratio :math:`\lVert v \rVert / \lVert g
-# \rVert` of each layer's weight in the first step. On this site, move
-# :math:`\lambda` below the figure.
+# Five runs with the GGN have five dampings. (The products come from `automatic
+# differentiation <plot_5_any_architecture.html>`__; the matrix is the same.)
+# The table has the mean loss of the last ten steps, the products of all 51
+# steps, and the ratio :math:`\lVert v \rVert / \lVert g \rVert` of each layer's
+# weight in the first step. On this site, move :math:`\lambda` below the figure.
 
 dampings = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
@@ -572,9 +557,8 @@ _ = explorable(figure, "runs", data)
 
 # %%
 # With dampings of 0.1 and 1, the loss stays on the plateau. With 0.001, the
-# loss falls sooner than with 0.01, and the run takes about twice as many
-# products. With 0.0001, the run takes still more products, and the mean loss at
-# the end is higher than with 0.001.
+# loss falls sooner than with 0.01, for about twice as many products. With
+# 0.0001, the run takes still more products, and the loss at the end is higher.
 
 # Check what the last lines say.
 late_losses = [sum(history.loss[-10:]) / 10 for history in by_damping]
@@ -600,11 +584,9 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # Along a direction of `negative curvature
 # <plot_2_conjugate_gradients.html#negative-curvature>`__, plain CG steps to a
 # maximum of the model. By default, ``cg`` stops before this step, and returns a
-# direction downhill (Dembo and Steihaug, `1983
-# <https://doi.org/10.1007/BF02592055>`__). Does the Hessian train with this
-# rule? Each line of the output is one seed. It has the mean of the last ten
-# losses, first with the GGN and then with the Hessian and the rule, and the
-# lowest and highest loss of the Hessian's run.
+# direction downhill. Does the Hessian train with this rule? For three seeds,
+# the output has the mean of the last ten losses, with the GGN and with the
+# Hessian and the rule, and the lowest and highest loss of the Hessian's run.
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]
@@ -643,7 +625,7 @@ for seed, (ggn, hessian) in enumerate(zip(with_ggn, stopping, strict=True)):
 # %%
 # With the rule, the loss may leave the plateau, but does not stay low: from
 # each seed, the mean of the last ten losses is more than twice the GGN's.
-# (Which seeds leave the plateau depends on rounding, and so on the machine.)
+# (Which seeds leave the plateau depends on the machine's rounding.)
 
 # From seed 0, which part of the solves stops at negative curvature?
 stops = [
@@ -664,9 +646,9 @@ assert min(histories["Hessian"].loss) > 2.2
 # -----------------
 #
 # A Newton step costs many products. Which optimizer is ahead after the same
-# time? Adam meets ``CGN``, which takes Newton steps with the GGN and a block
-# per layer. Both use settings of the `experiments <../experiments.html>`__:
-# Adam's were tuned by hand, those of ``CGN`` by random search.
+# time? Adam meets ``CGN``: Newton steps with the GGN and a block per layer. The
+# settings are those of the `experiments <../experiments.html>`__: Adam's tuned
+# by hand, those of ``CGN`` by random search.
 
 from cgn_tutorial.pages.races import Run, Setting
 
@@ -743,9 +725,8 @@ _ = describe(
 )
 
 # %%
-# In the lower panel, each point is the mean of the last ten losses, from one
-# seed. `Page 4 <plot_4_is_it_worth_it.html#who-wins>`__ holds the race, with
-# five seeds and test images. There, Adam is ahead of ``CGN``.
+# This is one seed. `Page 4 <plot_4_is_it_worth_it.html#who-wins>`__ holds the
+# race, with five seeds and test images; there, Adam is ahead of ``CGN``.
 
 # Check that CGN takes fewer steps.
 assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
@@ -754,13 +735,12 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 # What to take home
 # -----------------
 #
-# - In 50 steps, Newton steps with the GGN train this network. Plain SGD stays
-#   above a loss of 2.2 at each of five rates. (With momentum, an average of the
-#   weights and more steps, `SGD trains the network, too
-#   <plot_4_is_it_worth_it.html#who-wins>`__.)
+# - In 50 steps, the GGN trains this network, and plain SGD does not. (With
+#   momentum, an average of the weights and more steps, `SGD trains the network,
+#   too <plot_4_is_it_worth_it.html#who-wins>`__.)
 # - The damping decides: at 0.1 or more, the GGN stays on the plateau.
-# - The Hessian stays on the plateau with plain CG. If CG stops at negative
-#   curvature, the loss may leave the plateau, but not for good.
+# - The Hessian stays on the plateau with plain CG; if CG stops at negative
+#   curvature, not always, but the loss does not stay low.
 #
 # This is one network, one data set and mostly one seed.
 #
@@ -771,21 +751,21 @@ assert len(runs["Adam"].losses) > 2 * len(runs["CGN"].losses)
 #     size of this page, at which learning rate does SGD take about the same
 #     step in this layer?
 #
-#    At :math:`\gamma / \lambda = 0.1 / 0.01 = 10`: the curvature is a hundredth
-#    of the damping, and hardly counts.
+#    At :math:`\gamma / \lambda = 0.1 / 0.01 = 10`: the curvature is only a
+#    hundredth of the damping.
 #
 # .. fold:: Along CG's first direction, :math:`b = -g`, the damped curvature is
 #     negative. Where does plain CG go?
 #
-#    Uphill, to the maximum of the model along that line: :math:`\alpha = r^\top
-#    r / p^\top A p` is negative.
+#    Uphill, to the maximum of the model along that line: :math:`\alpha` is
+#    negative.
 #
 # .. fold:: Change the code: run ``by_autograd(GGN, maxiter=1)``, then
 #     ``by_autograd(GGN, maxiter=2)``. What is the mean loss of the last ten
 #     steps?
 #
 #    With one product, each parameter moves along its negative gradient, and the
-#    mean is about 2. With two products, the mean is about 1.1.
+#    mean is about 2; with two products, about 1.1.
 
 # Check the answers.
 assert abs(0.1 / (1e-4 + 0.01) / 10 - 1) < 0.02
