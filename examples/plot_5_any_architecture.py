@@ -2,30 +2,27 @@ r"""
 5. Any architecture
 ===================
 
-How does a network train with curvature, if BackPACK has no rule for one of its
-modules? This page computes curvature products by automatic differentiation alone,
-for any model and loss that PyTorch can differentiate twice. The optimizer stays as
-it is, and each step still solves
+BackPACK needs a rule for each module of a network. This page computes curvature
+products by automatic differentiation alone, for any model and loss that PyTorch can
+differentiate twice. The optimizer stays as it is, and each step still solves
 
 .. math::
 
    (C + \lambda I)\, v = -g
 
-by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG), with products of
-:math:`C`. Two things change: the source of the products, and the parameters that
-share a system. These may be a single tensor, a layer, or the whole network.
+by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG). Two things
+change: the source of the products, and the parameters that share a system: a single
+tensor, a layer, or the whole network.
 
-*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
-package as the `front page <../index.html#run-it-yourself>`__ says.
-"""
+*About 20 minutes to read, and two to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__. """
 
 # %%
 # Where BackPACK stops
 # --------------------
 #
-# A residual network has branches of a few layers. The output of a branch is added
-# to its input, and most layers are followed by batch normalisation. Here is a small
-# residual network for MNIST:
+# A residual network adds the output of a branch of layers to its input, and has
+# batch normalisation after most layers. Here is a small one for MNIST:
 
 # Define the modules of a residual network.
 import warnings
@@ -82,9 +79,8 @@ print(f"{n:,} parameters")
 assert n < 100_000
 
 # %%
-# Does BackPACK take this model? Try the model as it is, and then with
-# ``use_converter=True``, an option that rewrites a model as modules, including the
-# additions.
+# Does BackPACK take this model, as it is or with ``use_converter=True``, which
+# rewrites additions as modules?
 
 images, labels = (t[:64] for t in load_mnist().tensors)
 attempts = {
@@ -102,8 +98,8 @@ for label, model in attempts.items():
         raise AssertionError("BackPACK takes this model by now")
 
 # %%
-# BackPACK has no rule for batch normalisation over images, and no rule for an
-# addition. Automatic differentiation needs no such rules.
+# BackPACK has no rule for batch normalisation over images, nor for an addition.
+# Automatic differentiation needs no such rules.
 #
 # Products by automatic differentiation
 # -------------------------------------
@@ -164,13 +160,12 @@ _ = describe(
 # :math:`g_z`, and gives :math:`J^\top u`, here the gradient. Both passes build
 # graphs.
 #
-# **For each product** (orange). The vector :math:`J^\top u` is linear in :math:`u`,
-# with the matrix :math:`J^\top`. So the pass from :math:`J^\top u` back to
-# :math:`u` multiplies by the transpose of :math:`J^\top`, which is :math:`J`: the
-# pass turns :math:`p` into :math:`J p`. The gradient :math:`g_z` has the Jacobian
-# :math:`H_L J` with respect to the parameters. So the pass from :math:`g_z` to the
-# parameters multiplies :math:`J p` by :math:`(H_L J)^\top = J^\top H_L`, and gives
-# :math:`G p`.
+# **For each product** (orange). The vector :math:`J^\top u` is linear in :math:`u`.
+# So the pass from :math:`J^\top u` back to :math:`u` multiplies by the transpose of
+# :math:`J^\top`: the pass turns :math:`p` into :math:`J p`. The gradient
+# :math:`g_z` has the Jacobian :math:`H_L J` with respect to the parameters. So the
+# pass from :math:`g_z` to the parameters multiplies :math:`J p` by :math:`(H_L
+# J)^\top = J^\top H_L`, and gives :math:`G p`.
 #
 # In code, for a block of one parameter tensor :math:`x`:
 
@@ -220,16 +215,14 @@ for (name, x), x_twin in pairs:
 # %%
 # The products agree with BackPACK's, to within rounding. A product with the Hessian
 # takes one backward pass through the graph of the gradient: :math:`H p = (\partial
-# g / \partial x)^\top p`. The package has both products, for larger blocks and for
-# models with several output tensors, in a file that needs nothing but PyTorch,
-# `curvature.py <../curvature.py>`__.
+# g / \partial x)^\top p`. The package has both products, for any blocks, in a file
+# that needs nothing but PyTorch, `curvature.py <../curvature.py>`__.
 #
 # One line in the training loop
 # -----------------------------
 #
 # A **block** is a list of parameters that share one linear system. ``GGN`` takes
-# any list of blocks. Here are three kinds: a block for each parameter, as in
-# BackPACK; a block for each layer; and one block for the whole network.
+# any list of blocks, for instance:
 
 from cgn_tutorial import GGN, Hessian, layers
 
@@ -247,8 +240,7 @@ for blocks in (per_parameter, layers, whole_network):
 
 # %%
 # One line of the training loop is new: ``curvature.backward`` takes the place of
-# ``loss.backward()``. This line leaves two things on each parameter: the gradient,
-# and the product with the parameter's block.
+# ``loss.backward()``, and leaves the gradient and the products.
 
 from cgn_tutorial import CGNOptimizer
 from cgn_tutorial.pages import mnist_loader
@@ -286,10 +278,9 @@ for ours, theirs in zip(losses, history.loss, strict=True):
 # Can a product be trusted?
 # -------------------------
 #
-# A curvature matrix is symmetric. If the loss is convex in the outputs, then the
-# GGN is also positive semi-definite. ``check_products`` tests both properties with
-# random vectors :math:`u` and :math:`v`: :math:`u^\top C v = v^\top C u`, and
-# :math:`u^\top C u \ge 0`. For the residual network:
+# ``check_products`` tests with random vectors whether the matrix is symmetric,
+# :math:`u^\top C v = v^\top C u`, and positive semi-definite, :math:`u^\top C u \ge
+# 0`. For the residual network:
 
 from cgn_tutorial import check_products
 
@@ -302,9 +293,8 @@ print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 
 # %%
 # The difference is the rounding of single precision. But a symmetric product may
-# still be wrong. For a stricter test, pass ``evaluate``, a function that computes
-# loss and outputs again: ``check_products`` then compares the products with central
-# differences.
+# still be wrong. With ``evaluate``, a function that computes loss and outputs
+# again, ``check_products`` also compares the products with central differences.
 #
 # This test has found an error: PyTorch's own second derivative of ``weight_norm``
 # is wrong. So ``Hessian`` refuses a layer with ``weight_norm``. The products of
@@ -335,9 +325,9 @@ print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 # What a product costs
 # --------------------
 #
-# A product takes two passes. With the block of one layer, both passes run between
-# this layer and the outputs only. How long does a product take, if the unit is a
-# gradient, one forward and one backward pass, on 64 images?
+# A product with the block of a layer takes two passes, between this layer and the
+# outputs only. The unit of the figure is a gradient, one forward and one backward
+# pass, on 64 images:
 
 # Time functions in turns.
 import statistics
@@ -407,17 +397,15 @@ _ = describe(
 )
 
 # %%
-# The closer a layer is to the loss, the cheaper is its product: a product of the
-# first convolution takes many times as long as a product of the last layer. The
-# product of the whole network passes through all layers once. If a network is
-# small, its matrix may fit in memory: `page C <plot_c_dense_or_not.html>`__
-# compares dense and matrix-free steps.
+# A product of the first convolution takes many times as long as a product of the
+# last layer. (If the matrix fits in memory, see `page C
+# <plot_c_dense_or_not.html>`__.)
 #
 # Blocks: parameter, layer, network
 # ---------------------------------
 #
-# Larger blocks keep more of the matrix. The next figure outlines the three kinds of
-# blocks on the GGN of a network with 113 parameters in three layers:
+# Larger blocks keep more of the matrix, here the GGN of a network with 113
+# parameters in three layers:
 
 # Draw the GGN of a small network three times, and outline the blocks.
 from matplotlib.colors import LogNorm
@@ -459,10 +447,10 @@ _ = describe(
 )
 
 # %%
-# The entries outside the squares are set to zero. Do larger blocks need fewer
-# products? Train the tutorial's network for 16 steps, with a tolerance of 0.1 and a
-# damping of 0.001, from three seeds. Products and seconds are means over the seeds.
-# The late loss is the median of the last five losses, one number for each seed.
+# Do larger blocks need fewer products? Train the tutorial's network for 16 steps,
+# with a tolerance of 0.1 and a damping of 0.001, from three seeds. Products and
+# seconds are means over the seeds. "Late" is the median of the last five losses,
+# for each seed.
 
 
 # A function that trains with one kind of blocks.
@@ -509,10 +497,9 @@ late = {label: report(label, runs[label]) for label in KINDS}
 
 # %%
 # At this tolerance, the solves of the whole network stop after a product or two,
-# and the loss stays on the plateau: `page C
+# and the loss stays on the plateau (`page C
 # <plot_c_dense_or_not.html#what-a-tolerance-on-the-whole-network-allows>`__ says
-# why. Let the whole network train for as many products as the blocks per layer have
-# used:
+# why). Let the whole network have as many products as the blocks per layer:
 
 budgets = [sum(products) for _, products, _ in runs["layer"]]
 runs["network"] = [
@@ -549,14 +536,12 @@ _ = describe(
 )
 
 # %%
-# - Blocks per parameter and blocks per layer both train. Blocks per layer need
-#   fewer products.
-# - The whole network does not train in 16 steps. With as many products as the
-#   blocks per layer, the whole network trains, in many more steps and in more time,
-#   as the output shows.
-# - At a tighter tolerance, 0.01, blocks per layer train, and `some runs of the
-#   other blocks blow up
-#   <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.
+# - Blocks per parameter and per layer both train; blocks per layer need fewer
+#   products.
+# - The whole network does not train in 16 steps. With equal products, the whole
+#   network trains, in many more steps and in more time.
+# - At a tolerance of 0.01, blocks per layer train, and `some runs of the other
+#   blocks blow up <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.
 
 # Check these points, seed by seed.
 for label in ("parameter", "layer"):
@@ -571,8 +556,7 @@ assert min(len(losses) for losses, *_ in runs["network"]) > 5 * STEPS
 # The residual network trains
 # ---------------------------
 #
-# Back to the residual network, with a block per layer. This network has a damping
-# of 0.1, a tolerance of 0.5 and batches of 128 images. The step size is 0.2 for 30
+# Back to the residual network, with a block per layer. The step size is 0.2 for 30
 # steps, and 0.05 for the last ten.
 
 
@@ -641,7 +625,7 @@ class Transformer(nn.Module):
 
 # %%
 # PyTorch computes attention in one fused operation, and cannot differentiate this
-# operation twice. The first product raises an error, which names the remedy:
+# operation twice. The first product raises an error:
 
 torch.manual_seed(0)
 model = Transformer()
@@ -656,9 +640,7 @@ else:
     raise AssertionError("fused attention is differentiated twice by now")
 
 # %%
-# Within ``sdpa_kernel(SDPBackend.MATH)``, PyTorch computes attention by plain
-# operations. The model stays the same, and trains for 60 steps with the settings of
-# the residual network:
+# With the remedy, the model trains for 60 steps:
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -683,24 +665,22 @@ _ = describe(
 )
 
 # %%
-# Both networks train, with the optimizer of the tutorial and one new line in the
-# loop. Other optimizers may train these networks faster: no race was held.
+# Both networks train, with one new line in the loop. Other optimizers may train
+# these networks faster: no race was held.
 #
 # Which product to choose
 # -----------------------
 #
-# - **GGN or Hessian?** To train, take the GGN. If the loss is convex in the
-#   outputs, no solve meets negative curvature. With the Hessian of the untrained
-#   residual network, CG meets a direction of `negative curvature
+# - **GGN or Hessian?** To train, take the GGN. With the Hessian of the untrained
+#   residual network, CG meets `negative curvature
 #   <plot_2_conjugate_gradients.html#negative-curvature>`__ within a few products,
 #   and stops.
-# - **BackPACK or autograd?** The products are the same, except for some `modules
-#   for which BackPACK's products are wrong <../guides/backpack.html>`__. BackPACK
+# - **BackPACK or autograd?** Autograd takes more models, and any blocks; BackPACK
 #   has further curvatures, such as the `PCH
-#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__. Autograd takes
-#   any blocks, and any model and loss that PyTorch can differentiate twice.
-# - **Which blocks?** A block per layer is a good start. The guide `Choosing
-#   <../guides/choosing.html>`__ has the other settings.
+#   <plot_a_positive_curvature.html#positive-curvature-hessian>`__, and `wrong
+#   products for some modules <../guides/backpack.html>`__.
+# - **Which blocks?** A block per layer is a good start; for the other settings, see
+#   `Choosing <../guides/choosing.html>`__.
 #
 # This advice rests on a few models, a few seeds and one batch size each.
 
@@ -736,15 +716,14 @@ assert solve.products < 10
 # .. fold:: Why does a product of the last layer cost less than a product of the
 #     first layer?
 #
-#    Both passes run between the layer and the outputs. For the last layer, the
-#    passes go through one layer; for the first layer, through all layers.
+#    Both passes run between the layer and the outputs: through one layer for the
+#    last, through all layers for the first.
 #
 # .. fold:: Change the code: train the residual network with
 #     ``GGN(per_parameter(model))`` for ten steps, and count the products. More, or
 #     fewer, than with ``GGN(layers(model))``?
 #
-#    More, as the counts below show: each weight and each bias has a solve of its
-#    own, and each solve takes at least one product.
+#    More, as the counts below show.
 
 # Check the answers.
 assert 2 + 2 * 10 == 22

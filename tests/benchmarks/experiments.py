@@ -691,19 +691,11 @@ def records(found: Mapping[str, Any], quick: bool) -> dict[str, Any]:
         ]
         for i, (part, length) in enumerate(ABLATION)
     }
-    errors = {
-        way: [found[f"autoencoder {way} {seed}"][-1] for seed in FEW_SEEDS[: 1 if quick else None]]
-        for way in AUTOENCODER
-    }
     return {
         "races": races,
         "ablation": late,
         "beside Muon": beside_muon_table(found, quick),
         "costs": cost_table(found, quick),
-        "autoencoder": {
-            way: {"steps": [end[0] for end in ends], "error": [end[2] for end in ends]}
-            for way, ends in errors.items()
-        },
     }
 
 

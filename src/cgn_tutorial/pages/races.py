@@ -476,8 +476,7 @@ def load_experiments() -> dict[str, Any]:
         `"races"`: for each network, goal and contender, the `"setting"` that tuning chose, and the
         `"steps"` and `"seconds"` to the goal from five seeds, `None` for a run that did not get
         there. `"ablation"`: mean late losses, three seeds each. `"beside Muon"`: steps to the goals
-        with such steps in the last layer. `"costs"`: milliseconds per step. `"autoencoder"`: errors
-        at the end, three seeds each.
+        with such steps in the last layer. `"costs"`: milliseconds per step.
     """
     file = resources.files("cgn_tutorial.pages") / "races.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
