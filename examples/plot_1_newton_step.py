@@ -16,7 +16,8 @@ from one dimension up, chooses the matrix :math:`C` for a neural network, and mu
 :math:`C` without storing it.
 
 *About 25 minutes to read, and one to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__. """
+<../index.html#run-it-yourself>`__.
+"""
 
 # %%
 # The local quadratic model

@@ -17,7 +17,8 @@ Conjugate Gradient Method Without the Agonizing Pain (1994)
 <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__.
 
 *About 25 minutes to read, and one to run.* To run this page, `install the
-package <../index.html#run-it-yourself>`__. """
+package <../index.html#run-it-yourself>`__.
+"""
 
 # %%
 # A quadratic to minimise

@@ -27,7 +27,8 @@ MNIST example <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and
 code here are our own.
 
 *About 25 minutes to read, and three to run.* To run this page, `install the
-package <../index.html#run-it-yourself>`__. """
+package <../index.html#run-it-yourself>`__.
+"""
 
 # %%
 # One step

@@ -14,7 +14,8 @@ generalized Gauss-Newton matrix as :math:`C`. ``CGN + Adam`` and ``CGN + Muon`` 
 Newton steps in the last layer or layers, and Adam's or Muon's steps in the others.
 
 *About 15 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__. """
+<../index.html#run-it-yourself>`__.
+"""
 
 # %%
 # The rules

@@ -15,7 +15,8 @@ change: the source of the products, and the parameters that share a system: a si
 tensor, a layer, or the whole network.
 
 *About 20 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__. """
+<../index.html#run-it-yourself>`__.
+"""
 
 # %%
 # Where BackPACK stops

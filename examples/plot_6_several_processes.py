@@ -10,12 +10,11 @@ the batch, and the processes average their gradients. A Newton step
 
    (C + \lambda I)\, v = -g
 
-also needs the curvature :math:`C` of the whole batch, and each process can only
-compute the curvature of its own part. This page shows what the processes must
-exchange, trains in two processes, and gives a script for your own machines.
+also needs the curvature :math:`C` of the whole batch, and each process knows its
+own part only. What must the processes exchange?
 
-*About 10 minutes to read, and one to run.* To run this page, ``pip install`` the
-package as the `front page <../index.html#run-it-yourself>`__ says.
+*About 10 minutes to read, and one to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__.
 """
 
 # %%
@@ -35,11 +34,9 @@ package as the `front page <../index.html#run-it-yourself>`__ says.
 #    C p = \sum_i \frac{n_i}{N}\, C_i\, p.
 #    \end{aligned}
 #
-# The gradient, and the product of the Hessian with any vector :math:`p`, are
-# linear in the loss: so both are weighted means as well. The `generalized
-# Gauss-Newton matrix <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN)
-# is a mean over samples, too. Try 64 images in four shards, equal parts of 16
-# images:
+# This holds for the Hessian and for the `generalized Gauss-Newton matrix
+# <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN), and for any vector
+# :math:`p`. Try 64 images in four shards of 16 images:
 
 # Split 64 images, and make a small network, with one layer to exchange.
 import torch
@@ -90,10 +87,9 @@ assert difference(mean_g, g) < 1e-12
 assert difference(averaged, product(p)) < 1e-12
 
 # %%
-# The Newton step is not such a mean, since the step is not linear in the
-# curvature. Let each process solve with its own curvature, and with the gradient
-# of the whole batch. The mean of the four steps is not the step of the whole
-# batch:
+# The Newton step is not linear in the curvature. If each process solves with its
+# own curvature, and with the gradient of the whole batch, then the mean of the
+# four steps is not the step of the whole batch:
 
 from cgn_tutorial import cg
 
@@ -116,12 +112,11 @@ assert difference(mean_v, v) > 1
 # What breaks the mean
 # --------------------
 #
-# The formulas need a loss that is a mean over samples, and that treats a sample
-# alike in every process. **BatchNorm** in training mode normalises by the
-# statistics of one process's shard. **Dropout** draws a different mask in every
-# process. If the loss is a **sum** over the samples, then the average over
-# :math:`P` processes is a :math:`P`-th of the whole sum. How far are the averaged
-# products from the products of the whole batch?
+# **BatchNorm** in training mode normalises by the statistics of one shard.
+# **Dropout** draws a different mask in every process. If the loss is a **sum**
+# over the samples, then the average over :math:`P` processes is a :math:`P`-th of
+# the whole sum. How far are the averaged products from the products of the whole
+# batch?
 
 # Compare averaged products with those of the whole batch.
 
@@ -151,9 +146,9 @@ for label, (layer, loss_function) in CASES.items():
 
 # %%
 # With a sum and four processes, gradient and curvature are a quarter of what they
-# should be. But :math:`\lambda` keeps its size, and so damps four times as
-# strongly. With BatchNorm or dropout, all processes take the same step, but this
-# is not the step of one process with the whole batch.
+# should be, and the same :math:`\lambda` damps four times as strongly. With
+# BatchNorm or dropout, all processes take the same step, but another step than
+# one process with the whole batch.
 
 # Check the differences.
 assert gaps["nothing special"] < 1e-12
@@ -165,14 +160,13 @@ assert abs(gaps["a sum"] - 3 / 4) < 1e-12
 # ---------------------------
 #
 # `Conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG) use the data in
-# two places only: the gradient and the products. The processes average these two.
-# Each process does the rest for itself, with the same numbers.
+# two places only: the gradient and the products. The processes average these two,
+# and each process does the rest for itself, with the same numbers.
 #
-# The backward pass leaves gradients and products on the parameters, and
-# ``step()`` reads them there. Between the two, ``whole_batch`` replaces the
-# products by averages over all processes, and returns a ``Share``: this process's
-# part of the batch, with the weight :math:`n_i / N`. Each average is a call of
-# the method ``mean``, with one message, an all-reduce:
+# Between the backward pass and ``step()``, ``whole_batch`` replaces the products
+# by averages over all processes, and returns a ``Share``: this process's part of
+# the batch, with the weight :math:`n_i / N`. Each average is a call of the method
+# ``mean``, with one message, an all-reduce:
 
 import inspect
 from textwrap import dedent
@@ -182,14 +176,13 @@ from cgn_tutorial import Share
 print(dedent(inspect.getsource(Share.mean)))
 
 # %%
-# For a product, ``compute`` is a function that multiplies by this process's
-# curvature, and ``like`` is the vector. If ``compute`` fails, the process sends
-# NaN, and NaN makes every process raise an error.
+# Here, ``compute`` multiplies the vector ``like`` by this process's curvature. If
+# ``compute`` fails, the process sends NaN, and every process raises an error.
 #
-# Here is the loop of the script. As usual in PyTorch, ``replica`` is the network
-# within ``DistributedDataParallel``. One line is new: ``whole_batch`` takes the
-# optimizer, and the number of samples of this process. (The script uses ``share``
-# to print the mean loss.)
+# Here is the training loop. As usual in PyTorch, ``replica`` is the network
+# within ``DistributedDataParallel``. One line is new, the call of ``whole_batch``
+# with the number of samples of this process. (``share`` serves to print the mean
+# loss.)
 
 from cgn_tutorial.pages import train_parallel
 
@@ -198,17 +191,17 @@ loop = source[source.index("    for step in") : source.index("losses.append")]
 print(dedent(loop).rstrip())
 
 # %%
-# ``DistributedDataParallel`` averages the gradients, with equal weights, so that
-# all shards must have the same size: otherwise ``whole_batch`` raises an error.
-# Without this wrapper, ``whole_batch`` averages the gradients itself, and the
-# sizes may differ. With BackPACK's products, wrap the extended network:
+# ``DistributedDataParallel`` averages the gradients with equal weights, and
+# ``whole_batch`` raises an error if the shards differ in size. Without this
+# wrapper, ``whole_batch`` averages the gradients itself, and the sizes may
+# differ. With BackPACK's products, wrap the extended network:
 # ``DistributedDataParallel(extend(model))``.
 #
 # Train in two processes
 # ----------------------
 #
-# ``torchrun`` starts the script once per process. Here are the losses of every
-# fourth step:
+# ``torchrun`` starts the script once per process. The output has every fourth
+# loss:
 
 # Start torchrun, and read the losses.
 import json
@@ -245,8 +238,8 @@ two = losses_of(2)
 print("losses:", " ".join(f"{loss:.3f}" for loss in two[::4]))
 
 # %%
-# For comparison, one process trains on the same batches, and then once more with
-# the images of each batch in reverse order.
+# One process trains on the same batches, and once more with the images of each
+# batch in reverse order:
 
 # Train in one process.
 from cgn_tutorial import CGNOptimizer, layers
@@ -313,9 +306,8 @@ assert largest(two) < 0.005
 assert two[-1] < 1
 
 # %%
-# The curves lie on each other. The last line of the output shows what rounding
-# does without a second process: in single precision, a sum depends on the order
-# of its terms, and training amplifies the difference.
+# The curves lie on each other. The last line shows what rounding does without a
+# second process: a sum in single precision depends on the order of its terms.
 #
 # On your own machines
 # --------------------
@@ -327,8 +319,8 @@ assert two[-1] < 1
 #
 #    torchrun --standalone --nproc-per-node 2 train_parallel.py
 #
-# With four machines of eight GPUs each, run these lines on every machine. One of
-# the machines is called ``node0``:
+# With four machines of eight GPUs each, one of them called ``node0``, run on
+# every machine:
 #
 # .. code-block:: bash
 #
@@ -337,28 +329,26 @@ assert two[-1] < 1
 #        --rdzv-backend c10d --rdzv-endpoint node0:29500 --max-restarts 3 \
 #        train_parallel.py --checkpoint /shared/checkpoint.pt
 #
-# If a process dies, the other processes raise an error. ``torchrun`` then starts
-# all processes again, up to three times, from the checkpoint. (The line with
-# ``export`` keeps new processes from looking for each other at old addresses.) If
-# options or parameters differ between processes, ``whole_batch`` raises an error
-# in all of them. The tests run several processes on CPUs, over gloo, and one
-# process on a GPU, over NCCL; several GPUs were not tested.
+# If a process dies, the other processes raise an error, and ``torchrun`` starts
+# all again, up to three times, from the checkpoint. (The line with ``export``
+# keeps new processes from old addresses.) If options or parameters differ between
+# processes, ``whole_batch`` raises an error in all of them. The tests run several
+# processes on CPUs, and one on a GPU; several GPUs were not tested.
 #
 # How many processes?
 # -------------------
 #
-# Each product costs an all-reduce. Let a step have :math:`k` all-reduces, and let
-# one process need :math:`T` seconds for a step. An all-reduce among :math:`P`
-# processes in a ring takes :math:`2 (P - 1)` rounds, and a round takes the
-# latency :math:`\alpha`. Then a step takes about
+# Each product costs an all-reduce. Let a step have :math:`k` all-reduces, and
+# take :math:`T` seconds in one process. An all-reduce among :math:`P` processes
+# in a ring takes :math:`2 (P - 1)` rounds, and a round takes the latency
+# :math:`\alpha`. Then a step takes about
 #
 # .. math::
 #
 #    t(P) \approx \frac{T}{P} + 2\, k\, \alpha\, (P - 1)
 #
-# seconds. The step is the fastest with :math:`P^* = \sqrt{T / (2 k \alpha)}`
-# processes. By this formula, with 40 all-reduces and a latency of 50
-# microseconds:
+# seconds, and is fastest with :math:`P^* = \sqrt{T / (2 k \alpha)}` processes.
+# With 40 all-reduces and a latency of 50 microseconds:
 
 # Draw the speed-up for two amounts of work.
 k, alpha = 40, 50e-6
@@ -390,8 +380,8 @@ _ = describe(
 
 # %%
 # With ten times the work, the best number of processes is about three times as
-# large. The `benchmarks <../benchmarks.html#several-processes>`__ have measured
-# times and bytes, and the formula with the bandwidth.
+# large. For measured times and bytes, see the `benchmarks
+# <../benchmarks.html#several-processes>`__.
 #
 # Check yourself
 # --------------
@@ -403,8 +393,7 @@ _ = describe(
 #
 # .. fold:: Why is it not enough to average the steps of all processes?
 #
-#    A step is not linear in the curvature: the mean of solutions is not the
-#    solution for the mean matrix.
+#    The mean of solutions is not the solution for the mean matrix.
 #
 # .. fold:: Change the code: double the damping ``LAM``, and average the steps of
 #     the four shards again. Is the mean closer to the step of the whole batch?

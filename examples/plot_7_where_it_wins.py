@@ -4,12 +4,11 @@ r"""
 
 Least squares to many digits suits **second-order steps**: fits, and networks that solve
 differential equations. On six such problems, the best method of torch and SciPy has 2.3
-to 15 times the error of ``CGNOptimizer`` in the same time. (Each method had six random
-settings. ``CGNOptimizer`` has two variants, of which the better one counts. Errors are
-medians of three or five seeds.) On five of the six, the best method of torch and SciPy
-is ``least_squares``, which takes second-order steps as well. A dense self-scaled
-Broyden method (SSBroyden), which neither torch nor SciPy has, is ahead of
-``CGNOptimizer`` on four problems, and behind on two.
+to 15 times the error of ``CGNOptimizer`` in the same time. (The better of two variants
+of ``CGNOptimizer`` counts.) On five of the six, this method is ``least_squares``, which
+takes second-order steps as well. A dense self-scaled Broyden method (SSBroyden), which
+neither torch nor SciPy has, is ahead of ``CGNOptimizer`` on four problems, and behind
+on two.
 
 This page fits a function, solves a differential equation, and races nine methods. Every
 step of ``CGNOptimizer`` solves
@@ -19,22 +18,19 @@ step of ``CGNOptimizer`` solves
    (J^\top J + \lambda I)\, v = -J^\top r .
 
 Here :math:`r` are the residuals, :math:`J` is their Jacobian with respect to the
-parameters, and :math:`\lambda` is the damping. You can read this page without the
-others.
+parameters, and :math:`\lambda` is the damping. This page needs none of the others.
 
-*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
-package as the `front page <../index.html#run-it-yourself>`__ says.
+*About 20 minutes to read, and two to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__.
 """
 
 # %%
 # A first example: fit a function
 # -------------------------------
 #
-# Fit :math:`\sin(10x) / (10x)` with a network of 301 parameters, from 400 samples. Let
-# :math:`r` have the 400 residuals, each divided by :math:`\sqrt{400}`. The loss is
-# :math:`\tfrac12 \|r\|^2`, half the mean of the squared residuals. ``JacobianGGN``
-# takes a function that computes the residual of *one* sample, and computes all rows of
-# :math:`J`:
+# Fit :math:`\sin(10x) / (10x)` with a network of 301 parameters, from 400 samples. The
+# loss is half the mean of the squared residuals. ``JacobianGGN`` takes a function that
+# computes the residual of *one* sample, and computes all rows of :math:`J`:
 
 import torch
 from torch import nn
@@ -83,15 +79,13 @@ def fit(x, y, steps=301):
 in_double = fit(x, y)
 
 # %%
-# Four names are new. ``CGNOptimizer`` takes the steps. ``JacobianGGN`` stores
-# :math:`J`, and its ``backward`` takes the place of ``loss.backward()``. ``cholesky``
-# factorizes the matrix, and so solves each system exactly: with 301 unknowns, the
-# matrix is small. ``LevenbergMarquardt`` adapts :math:`\lambda` by Nielsen's rule. If
-# the loss falls as the quadratic model predicts, :math:`\lambda` falls by up to a
-# factor of three. If the loss falls by less than half of the prediction,
-# :math:`\lambda` rises. If the loss does not fall, the step is undone as well. In
-# ``float64``, :math:`\lambda` may become as small as :math:`10^{-14}`. In 300 steps,
-# the loss falls below :math:`10^{-8}`.
+# ``JacobianGGN`` stores :math:`J`, and its ``backward`` takes the place of
+# ``loss.backward()``. With 301 unknowns, the matrix is small, and ``cholesky`` solves
+# each system exactly. ``LevenbergMarquardt`` adapts :math:`\lambda` by Nielsen's rule:
+# if the loss falls as the quadratic model predicts, :math:`\lambda` falls by up to a
+# factor of three; if the loss falls by less than half of the prediction,
+# :math:`\lambda` rises; if the loss does not fall, the step is undone as well. In 300
+# steps, the loss falls below :math:`10^{-8}`.
 
 # Check the last loss.
 assert in_double < 1e-8
@@ -111,8 +105,8 @@ torch.set_default_dtype(torch.float32)
 # (PINN) :math:`u_\theta` is trained on the equation alone, without values of :math:`u`
 # inside the square. At 900 points inside, the residual is :math:`\Delta u_\theta + 2
 # \pi^2 \sin \pi x_1 \sin \pi x_2`. At 120 points of the boundary, the residual is
-# :math:`u_\theta`. Train a network with 257 parameters for three seconds. The error is
-# that of :math:`u_\theta`, relative to :math:`u`, at points that no training has seen:
+# :math:`u_\theta`. Train a network with 257 parameters for three seconds, and measure
+# the relative error of :math:`u_\theta` at other points:
 
 # The contenders' settings, and a function that trains.
 from cgn_tutorial.pages.pinn import Race, Setting
@@ -151,9 +145,9 @@ print(f"{steps} steps in {seconds:.0f} s: relative error {l2:.0e}")
 assert l2 < 1e-3
 
 # %%
-# Here is the residual of a point inside, as a function. The network returns three
-# values: :math:`u_\theta`, its gradient with respect to the point, and a sum of its
-# second derivatives. With weights of one, the sum is the Laplacian.
+# Here is the function of the residual at a point inside. The network returns
+# :math:`u_\theta`, its gradient with respect to the point, and, with weights of one,
+# its Laplacian.
 
 import inspect
 from textwrap import dedent
@@ -193,8 +187,8 @@ _ = describe(
 )
 
 # %%
-# **If there is a classical solver, use it.** For this equation, five-point differences
-# on a grid and a sparse factorization need no training:
+# **If there is a classical solver, use it.** For this equation, finite differences on a
+# grid and a sparse factorization need no training:
 
 # Solve the equation on a grid.
 import time
@@ -219,8 +213,7 @@ assert error < 1e-4
 
 # %%
 # The classical solver takes milliseconds. But a network needs no grid: the same program
-# works in five dimensions, on domains of any shape, and with unknown coefficients in
-# the equation.
+# works in five dimensions.
 #
 # What a first-order method sees
 # ------------------------------
@@ -229,10 +222,9 @@ assert error < 1e-4
 # :math:`\gamma` multiplies the part of :math:`r` along an eigenvector of
 # :math:`JJ^\top` by :math:`1 - \gamma s_i`, where :math:`s_i` is the eigenvalue. The
 # steps are stable only if :math:`\gamma < 2 / s_1`, for the largest eigenvalue
-# :math:`s_1`. So about :math:`s_1 / s_i` steps remove most of the part along
-# :math:`s_i`; with momentum, about the root of this number. The matrix :math:`J^\top J`
-# has the same eigenvalues, besides zeros. Here they are for this network, at the start
-# and after training:
+# :math:`s_1`. So the part along :math:`s_i` takes about :math:`s_1 / s_i` steps; with
+# momentum, about the root of this number. Here are the eigenvalues, which :math:`J^\top
+# J` shares, at the start and after training:
 
 # Compute and draw the spectrum, at the start and after training.
 from cgn_tutorial import Nystrom
@@ -276,13 +268,13 @@ _ = describe(
 assert all((s < 1e-10 * s[0]).sum() > 20 for s in spectra.values())
 
 # %%
-# Eigenvalues below :math:`10^{-18}` are drawn at :math:`10^{-18}`. A damped Newton step
-# multiplies each part by :math:`\lambda / (s_i + \lambda)`. So a single step removes
-# nearly all of each part with :math:`s_i \gg \lambda`, even if :math:`s_i` is tiny. For
-# the dotted line, :math:`\lambda = 10^{-6}`, these are the parts above the line.
+# A damped Newton step multiplies each part by :math:`\lambda / (s_i + \lambda)`. So a
+# single step removes nearly all of each part with :math:`s_i \gg \lambda`, above the
+# dotted line, even if :math:`s_i` is tiny.
 #
 # How small must :math:`\lambda` become? Three trainings differ only in the lower bound
-# on :math:`\lambda`. The output has the loss of three seeds:
+# on :math:`\lambda`. From each of three seeds, the loss falls to less than a third from
+# one bound to the next:
 
 # Train for 80 steps, with three bounds, from three seeds.
 make, widths = PROBLEMS["Poisson, 257"]
@@ -315,15 +307,12 @@ for high, middle, low in zip(*ends, strict=True):
     assert low < middle / 3 < high / 9
 
 # %%
-# From each seed, the loss falls to less than a third from one line to the next.
-#
 # What a step costs
 # -----------------
 #
-# Each row of :math:`J` is the gradient of one of 1,020 residuals. ``torch.func``
-# computes all rows together. Then a product with :math:`J^\top J` is two small matrix
-# products, and needs no graph. The table has the time of each part of a step, in
-# gradients, for networks of 257 and 1,185 parameters:
+# Each row of :math:`J` is the gradient of one of 1,020 residuals. With the rows stored,
+# a product with :math:`J^\top J` is two small matrix products. The table has the time
+# of each part of a step, in gradients, for networks of 257 and 1,185 parameters:
 
 # Measure gradients, rows, products and factorizations.
 from statistics import median
@@ -369,15 +358,14 @@ assert all(c["product, stored J"] < 1 / 3 for c in costs.values())
 
 # %%
 # The cost of a Cholesky factorization grows with :math:`n^3` for :math:`n` parameters.
-# (If there are fewer residuals than parameters, the formula of Woodbury needs a matrix
-# with a row for each residual only.) A larger system is solved by conjugate gradients
-# (CG) with a **preconditioner**, a matrix :math:`M` close to the inverse. With a good
-# :math:`M`, CG needs few products, and finds the same solution.
+# (If there are fewer residuals than parameters, ``cholesky`` factorizes the smaller
+# matrix :math:`JJ^\top + \lambda I`.) A larger system is solved by conjugate gradients
+# (CG) with a **preconditioner**, a matrix :math:`M` close to the inverse, which saves
+# products.
 #
-# ``Nystrom`` multiplies :math:`J^\top J` by random directions, as many as its rank, all
-# at once. From these products, ``Nystrom`` estimates the largest eigenvalues and their
-# eigenvectors, and builds :math:`M`. How many products does CG take for one step of the
-# trained network, with :math:`\lambda = 10^{-6}`?
+# ``Nystrom`` multiplies :math:`J^\top J` by random directions, as many as its rank, and
+# estimates the largest eigenvalues and their eigenvectors. How many products does CG
+# take for one step of the trained network, with :math:`\lambda = 10^{-6}`?
 
 # Solve one system, with and without preconditioners.
 import copy
@@ -417,21 +405,19 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 # The race
 # --------
 #
-# Each contender had six settings, drawn at random from a space of its own. Tuning was
-# done for the longer races of the `full tables <../least_squares.html>`__, on a seed
-# that does not race. Here, the best setting of each contender races for 1.5 seconds of
-# processor time, from three other seeds.
+# Each contender had six random settings, each variant of CGN as well. The best was
+# chosen in the longer races of the `full tables <../least_squares.html>`__, on a seed
+# that does not race. Here, it races for 1.5 seconds of processor time, from three other
+# seeds.
 #
-# - ``least_squares`` is SciPy's, for residuals and their stored Jacobian :math:`J`. It
-#   also takes second-order steps, within a trust region.
+# - ``least_squares`` is SciPy's: second-order steps with the stored :math:`J`, within a
+#   trust region.
 # - ``L-BFGS`` is torch's. L-BFGS learns nothing from a step if the inner product of the
-#   step and the change of the gradient is below :math:`10^{-10}`. As the loss falls,
-#   this product falls, too. So the loss is multiplied by a large number, the scale.
+#   step and the change of the gradient is below :math:`10^{-10}`. So the loss is
+#   multiplied by a large number, the scale.
 # - ``BFGS`` is SciPy's, with a dense matrix.
-# - ``SSBroyden``, self-scaled Broyden after Al-Baali (1998), also has a dense matrix,
-#   and was written for this race.
-# - ``CGN``, short for conjugate-gradient Newton, is ``CGNOptimizer`` with ``cholesky``
-#   ("exact") or with ``Nystrom``.
+# - ``SSBroyden``, self-scaled Broyden after Al-Baali (1998), also has a dense matrix.
+# - ``CGN`` is ``CGNOptimizer`` with ``cholesky`` ("exact") or with ``Nystrom``.
 
 # Race from three seeds, and draw every run.
 results = {
@@ -491,10 +477,10 @@ assert ours < min(behind.values())
 assert ours < min(finals["Adam"], finals["Momentum"]) / 20
 
 # %%
-# This race is short. The `full races <../least_squares.html>`__ take 10 to 40 seconds,
-# and their errors at the end are in the table. "CGN" is the error of the better variant
-# of CGN. The other columns have the errors of rivals as multiples of this error: of
-# ``least_squares``, of the best other method of torch and SciPy, and of SSBroyden.
+# The `full races <../least_squares.html>`__ take 10 to 40 seconds. The table has the
+# error of the better variant of CGN, and the errors of rivals as multiples of this
+# error: of ``least_squares``, of the best other method of torch and SciPy, and of
+# SSBroyden.
 
 # Print the errors of the full races, as multiples of CGN's.
 from cgn_tutorial.pages.pinn import load_races
@@ -534,17 +520,15 @@ for problem, found in recorded.items():
     assert nystrom < exact / 2 if large else exact < nystrom
 
 # %%
-# On Poisson's equation with 257 parameters, Adam has over 10,000 times the error of
-# CGN. With 1,185 or more parameters, ``Nystrom`` ends lower than ``cholesky`` in the
-# same time. With fewer parameters, the two are close, or ``cholesky`` ends lower.
+# With 257 parameters, Adam has over 10,000 times the error of CGN. With 1,185 or more
+# parameters, ``Nystrom`` ends lower than ``cholesky``; with fewer parameters,
+# ``cholesky`` does.
 #
 # A published comparison
 # ----------------------
 #
 # Dangel, Müller and Zeinhofer (2024) trained this network on this equation, on a GPU,
-# with the best of about 50 settings for each method. They report the root mean square
-# of the error. Twice this number is the relative error, as :math:`u` has the root mean
-# square 1/2:
+# with the best of about 50 settings for each method. Their relative errors:
 
 # Print published errors beside those of this page.
 from cgn_tutorial.pages.pinn import load_published
@@ -557,21 +541,19 @@ for method in early:
 print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 
 # %%
-# Three of these methods work like CGN. Hessian-free runs CG on the same matrix, with
-# products through the graph. The two ENGD (energy natural gradient descent) solve with
-# the dense matrix, of each layer or of the network. KFAC and KFAC* approximate this
-# matrix by Kronecker products. In the full tables, CGN is at 1.3e-6 after 20 seconds:
-# below all published errors after 60 seconds, and above those of Hessian-free, both
-# ENGD and both KFAC after 1,000 seconds. In the full tables, our L-BFGS with the scaled
-# loss ends, after 20 seconds, at 1.6 times the error of their L-BFGS. Their SGD got
-# much further in 60 seconds than our momentum in 20; they had more settings and a GPU.
-# (Machines, points and settings differ.)
+# Hessian-free runs CG on the matrix of CGN. The two ENGD (energy natural gradient
+# descent) solve with the dense matrix, and the two KFAC approximate this matrix by
+# Kronecker products. In the full tables, CGN is at 1.3e-6 after 20 seconds: below all
+# published errors after 60 seconds, and above those of the methods named here after
+# 1,000 seconds. Our L-BFGS with the scaled loss ends, after 20 seconds, at 1.6 times
+# the error of their L-BFGS; their SGD got much further than our momentum. (Machines,
+# points and settings differ.)
 #
 # Where they do not win
 # ---------------------
 #
-# - **Noise.** If the data contain noise, a more exact fit is of no use. Here is the
-#   smallest error that a run had at any time, the median of three seeds:
+# - **Noise.** If the data contain noise, a more exact fit is of no use. Here is each
+#   run's smallest error at any time, the median of three seeds:
 
 # Fit noisy data.
 from cgn_tutorial.pages import pinn
@@ -587,8 +569,7 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 # %%
 # - **Up to about a thousand parameters.** SSBroyden is ahead in the table, except in
 #   five dimensions.
-# - **Mini-batches.** Other samples in every step are noise as well: see `page 4
-#   <plot_4_is_it_worth_it.html>`__.
+# - **Mini-batches.** See `page 4 <plot_4_is_it_worth_it.html>`__.
 # - **float32.** The loss of the fit stays larger: see the last exercise.
 #
 # Check yourself
@@ -596,9 +577,8 @@ assert max(noisy.values()) < 3 * min(noisy.values())
 #
 # .. fold:: Why does a loss multiplied by :math:`10^8` change L-BFGS, but not Adam?
 #
-#    Torch's L-BFGS compares a product that grows with the loss with :math:`10^{-10}`,
-#    an absolute number. Adam divides the gradient by the root of squared gradients, and
-#    the factor cancels.
+#    Torch's L-BFGS compares a product that grows with the loss with an absolute number.
+#    Adam divides the gradient by the root of squared gradients, and the factor cancels.
 #
 # .. fold:: A network has 5,000 parameters, and there are 800 residuals. Which matrix
 #     does ``cholesky`` factorize?

@@ -4,30 +4,25 @@ A. Positive curvature, Fisher and their kin
 
 Which matrices without negative eigenvalues can take the place of the Hessian? `Page 1
 <plot_1_newton_step.html>`__ splits the Hessian of a network into the generalized Gauss-Newton
-matrix (GGN) and a residual, :math:`H = G + R`. This page first relates the GGN to the Fisher
-matrix. Then a backward recursion shows which part of the residual each layer adds, and the
-*positive-curvature Hessian* (PCH) changes this part. The page checks the recursion against dense
-matrices and against the library BackPACK. At the end, the page compares the eigenvalues of four
-curvatures.
+matrix (GGN) and a residual, :math:`H = G + R`. This page relates the GGN to the Fisher matrix,
+finds the part of the residual that each layer adds, and changes this part: the *positive-curvature
+Hessian* (PCH). At the end, the page compares the eigenvalues of four curvatures.
 
-*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the package as the
-`front page <../index.html#run-it-yourself>`__ says.
+*About 20 minutes to read, and one to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__.
 """
 
 # %%
 # Fisher matrix
 # -------------
 #
-# The model gives each possible label a probability, and cross-entropy is the negative logarithm of
-# the true label's probability. Take an image and a possible label, and let :math:`g` be the
-# gradient of the loss with this label. Average :math:`g g^\top` over the labels, weighted by the
-# model's probabilities. The mean of these averages over all images is the **Fisher** matrix. For
-# softmax and cross-entropy, the Fisher matrix equals the GGN (`Martens, "New Insights and
-# Perspectives on the Natural Gradient Method" (2020) <https://arxiv.org/abs/1412.1193>`__).
+# Take an image and a possible label, and let :math:`g` be the gradient of the loss with this label.
+# Average :math:`g g^\top` over the labels, weighted by the model's probabilities. The mean of these
+# averages over all images is the **Fisher** matrix. For softmax and cross-entropy, the Fisher
+# matrix equals the GGN (`Martens, 2020 <https://arxiv.org/abs/1412.1193>`__).
 #
-# The **empirical Fisher** uses only the label in the data: it is the mean of :math:`g g^\top` over
-# the images, with their true labels. Compare both with the GGN, for the tiny network of page 1 with
-# its 113 parameters:
+# The **empirical Fisher** is the mean of :math:`g g^\top` over the images, with their true labels
+# only. Compare both with the GGN, for the tiny network of page 1:
 
 # Load the tiny network, and compute its Hessian.
 import torch
@@ -88,19 +83,17 @@ torch.testing.assert_close(fisher, G)
 assert (empirical - G).norm() > 0.1 * G.norm()
 
 # %%
-# The empirical Fisher is neither the Fisher matrix nor the GGN (`Kunstner, Hennig and Balles,
-# "Limitations of the Empirical Fisher Approximation for Natural Gradient Descent" (2019)
+# The empirical Fisher is neither the Fisher matrix nor the GGN (`Kunstner, Hennig and Balles, 2019
 # <https://arxiv.org/abs/1905.12558>`__). **K-FAC** (`Martens and Grosse, 2015
 # <https://arxiv.org/abs/1503.05671>`__) approximates each layer's block of the Fisher matrix by a
-# Kronecker product of two small matrices, which K-FAC can store and invert. This tutorial does not
-# approximate the block, and multiplies by it.
+# Kronecker product of two small matrices, which K-FAC can store and invert. This tutorial
+# multiplies by the exact block.
 #
 # Positive-curvature Hessian
 # --------------------------
 #
-# Let :math:`L` be the loss of one image. Follow its Hessian with respect to the values inside the
-# network, from the outputs back. A linear layer computes :math:`z = W h + b`. Its input :math:`h =
-# \sigma(a)` is the sigmoid of :math:`a`, the output of the layer below. Let :math:`H_z`,
+# Let :math:`L` be the loss of one image. A linear layer computes :math:`z = W h + b`. Its input
+# :math:`h = \sigma(a)` is the sigmoid of :math:`a`, the output of the layer below. Let :math:`H_z`,
 # :math:`H_h` and :math:`H_a` be the Hessians of the loss with respect to :math:`z`, :math:`h` and
 # :math:`a`, and :math:`\delta = \partial L / \partial h`.
 #
@@ -121,21 +114,17 @@ assert (empirical - G).norm() > 0.1 * G.norm()
 #     r &= \sigma''(a) \odot \delta .
 #     \end{aligned}
 #
-# The layer below calls :math:`a` its output :math:`z`. So :math:`H_a` is that layer's :math:`H_z`,
-# and the recursion repeats. (The recursion is that of `Botev, Ritter and Barber, "Practical
-# Gauss-Newton Optimisation for Deep Learning" (2017) <https://arxiv.org/abs/1706.03662>`__; for
-# many kinds of layers, see `Dangel, Harmeling and Hennig, "Modular Block-diagonal Curvature
-# Approximations for Feedforward Architectures" (2020) <https://arxiv.org/abs/1902.01813>`__.)
+# Now :math:`a` is the output of the layer below, so that :math:`H_a` is that layer's :math:`H_z`,
+# and the recursion repeats (`Botev, Ritter and Barber, 2017 <https://arxiv.org/abs/1706.03662>`__;
+# for many kinds of layers, `Dangel, Harmeling and Hennig, 2020
+# <https://arxiv.org/abs/1902.01813>`__).
 #
-# The recursion starts at the outputs of the network, with :math:`H_z = H_L`, the Hessian of the
-# loss with respect to the outputs. If the loss is convex in the outputs, :math:`H_L` is positive
-# semi-definite. All terms of the recursion are then positive semi-definite, except
-# :math:`\operatorname{diag}(r)`. With :math:`r = 0`, the recursion multiplies :math:`H_L` from both
-# sides by Jacobians alone, and the result is the GGN. The **positive-curvature Hessian** (PCH)
-# replaces :math:`r` in each layer by :math:`|r|` (*abs*) or by :math:`\max(r, 0)` (*clip*), and so
-# is positive semi-definite. This is not the same as to set the negative eigenvalues of the Hessian
-# to zero. (See `Chen, Chou and Chang, "BDA-PCH: Block-Diagonal Approximation of Positive-Curvature
-# Hessian for Training Neural Networks" (2018) <https://arxiv.org/abs/1802.06502>`__.)
+# The recursion starts at the outputs of the network, with :math:`H_z = H_L`. If the loss is convex
+# in the outputs, all terms of the recursion are positive semi-definite, except
+# :math:`\operatorname{diag}(r)`. With :math:`r = 0`, the result is the GGN. The
+# **positive-curvature Hessian** (PCH; `Chen, Chou and Chang, 2018
+# <https://arxiv.org/abs/1802.06502>`__) replaces :math:`r` in each layer by :math:`|r|` (*abs*) or
+# by :math:`\max(r, 0)` (*clip*), and so is positive semi-definite.
 #
 # The four curvatures differ in one function of :math:`\sigma''(a)` and :math:`\delta`:
 
@@ -150,9 +139,9 @@ RESIDUALS = {
 # Blocks of the recursion
 # -----------------------
 #
-# The recursion yields the blocks of the weight and of the bias of each layer. In :math:`z = W h +
-# b`, adding :math:`t` to :math:`b_i` adds :math:`t` to :math:`z_i`, and adding :math:`t` to
-# :math:`W_{ij}` adds :math:`t h_j` to :math:`z_i`. So for one image
+# In :math:`z = W h + b`, adding :math:`t` to :math:`b_i` adds :math:`t` to :math:`z_i`, and adding
+# :math:`t` to :math:`W_{ij}` adds :math:`t h_j` to :math:`z_i`. So for one image, the blocks of the
+# bias and of the weight are
 #
 # .. math::
 #
@@ -160,9 +149,7 @@ RESIDUALS = {
 #     \frac{\partial^2 L}{\partial W_{ij}\, \partial W_{kl}} = (H_z)_{ik}\, h_j h_l .
 #
 # In a batch of N images, each loss counts with the factor 1/N, and the blocks of the images add up.
-# If :math:`H_z` is positive semi-definite, both blocks are positive semi-definite: a change of the
-# bias or of the weight changes :math:`z` by some :math:`u`, and the curvature along the change is
-# :math:`u^\top H_z\, u \ge 0`.
+# If :math:`H_z` is positive semi-definite, both blocks are.
 
 
 def forward(x):
@@ -202,8 +189,7 @@ def curvature_blocks(x, residual):
 
 
 # %%
-# Are the blocks of the recursion the blocks of the dense Hessian and GGN, which automatic
-# differentiation computes?
+# Are these the blocks of the dense Hessian and GGN?
 
 
 # Compare the blocks with those of the dense matrices.
@@ -225,10 +211,9 @@ for name, dense in ("Hessian", H), ("GGN", G):
     assert error < 1e-12
 
 # %%
-# The blocks agree. The next figure shows the recursion for one image, from right to left. The
-# Hessian of the loss arrives at the outputs of the last layer. Each layer gives the blocks of its
-# bias and its weight (arrows down), and passes a matrix of the size of its input to the layer
-# below. Colours show the entries, relative to each matrix's largest entry.
+# The blocks agree. The next figure shows the recursion for one image, from right to left. Each
+# layer gives the blocks of its bias and its weight (arrows down), and passes a matrix of the size
+# of its input to the layer below.
 
 # Run the recursion, and draw the matrices that the first image meets.
 from matplotlib import pyplot as plt
@@ -279,13 +264,11 @@ _ = describe(
 # BackPACK's products
 # -------------------
 #
-# Page 3 takes its products from the library `BackPACK
-# <https://openreview.net/forum?id=BJlrF24twB>`__. The function ``extend`` makes a module known to
-# BackPACK, and BackPACK then follows the backward pass through the known modules. On each parameter
-# ``p``, BackPACK leaves a function that multiplies the parameter's block by V vectors at once,
-# ``[V, *p.shape] → [V, *p.shape]``. An *extension* chooses the curvature, and the function is
-# ``getattr(p, extension.savefield)``. The products with all unit vectors are the columns of the
-# block.
+# Page 3 takes its products from `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__. An
+# *extension* chooses the curvature. In the backward pass through modules that ``extend`` made
+# known, BackPACK leaves a function on each parameter ``p``, ``getattr(p, extension.savefield)``,
+# which multiplies the parameter's block by V vectors at once. The products with all unit vectors
+# are the columns of the block.
 
 import copy
 import warnings
@@ -318,10 +301,9 @@ for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
     assert error < 1e-12
 
 # %%
-# How does BackPACK compute the PCH? Compare BackPACK's PCH with the definition above, and with a
-# variant that multiplies by :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
-# The output has relative differences. The columns are the definition (δ once) and the variant (δ
-# twice); the rows are BackPACK's PCH, and the GGN.
+# How does BackPACK compute the PCH? The output has the relative differences of BackPACK's PCH and
+# of the GGN from two matrices: the definition above (δ once), and a variant that multiplies by
+# :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
 
 for modify in ("abs", "clip"):
     residual = RESIDUALS[f"PCH, {modify}"]
@@ -339,18 +321,17 @@ for modify in ("abs", "clip"):
     assert ggn[1] < ggn[0] / 100
 
 # %%
-# BackPACK 1.7.1 multiplies by :math:`\delta` twice; the definition multiplies once. In a mean over
-# N images, :math:`\delta` contains the factor 1/N, and :math:`\delta^2` contains 1/N²: so hardly
-# any residual is left. BackPACK's variant is positive semi-definite, does not depend on the sign of
-# :math:`\delta`, and is here nearly the GGN. On page 3, PCH means this variant, as in the published
+# BackPACK 1.7.1 multiplies by :math:`\delta` twice. In a mean over N images, :math:`\delta`
+# contains the factor 1/N, and :math:`\delta^2` contains 1/N²: so hardly any residual is left, and
+# BackPACK's variant is here nearly the GGN. On page 3, PCH means this variant, as in the published
 # run. The next section uses the definition.
 #
 # Spectra
 # -------
 #
-# The number of steps that CG takes depends on the eigenvalues. How do the eigenvalues of the four
-# curvatures differ, and does training change them? First, train the tiny network with dense
-# matrices: the block-diagonal GGN, :math:`\lambda = 0.01` and :math:`\gamma = 0.1`.
+# How do the eigenvalues of the four curvatures differ, and does training change them? First, train
+# the tiny network with dense matrices: the block-diagonal GGN, :math:`\lambda = 0.01` and
+# :math:`\gamma = 0.1`.
 
 eye = torch.eye(len(x_init), dtype=x_init.dtype)
 x = x_init
@@ -366,10 +347,9 @@ for name, x in (("initialisation", x_init), ("trained", x_trained)):
 assert loss(x_trained) < 0.1 * loss(x_init)
 
 # %%
-# Each mark of the next figure is one eigenvalue of the block-diagonal matrix; the eigenvalues on
-# page 1 are those of the full Hessian. The axis is linear up to :math:`10^{-5}` and logarithmic
-# beyond. The output counts the eigenvalues that are negative beyond rounding, and has the smallest
-# and the largest eigenvalue.
+# Each mark of the next figure is one eigenvalue of the block-diagonal matrix. The axis is linear up
+# to :math:`10^{-5}` and logarithmic beyond. The output counts the negative eigenvalues, and has the
+# smallest and the largest eigenvalue.
 
 
 def spectrum(x, name):
@@ -406,9 +386,9 @@ _ = describe(
 )
 
 # %%
-# Only the Hessian has negative eigenvalues (crosses). After training, fewer eigenvalues are
-# negative, and the most negative one is close to 0. How did training change :math:`R`, the
-# difference between the blocks of the Hessian and of the GGN?
+# Only the Hessian has negative eigenvalues (crosses). After training, they are fewer, and close to
+# 0. How did training change :math:`R`, the difference between the blocks of the Hessian and of the
+# GGN?
 
 residuals = []
 for name, x in (("initialisation", x_init), ("trained", x_trained)):
@@ -432,15 +412,14 @@ assert -low > 5 * high and high_trained > 5 * -low_trained
 assert 0 > low_trained > 0.1 * low
 
 # %%
-# The norm of :math:`R` is more than three times as large as before. But the negative eigenvalues of
-# :math:`R` are close to 0, and the largest eigenvalue of :math:`R` has grown. All four curvatures
-# have a few large eigenvalues and many eigenvalues close to 0.
+# The norm of :math:`R` has grown more than threefold: its largest eigenvalue has grown, and its
+# negative eigenvalues are now close to 0. All four curvatures have a few large eigenvalues and many
+# eigenvalues close to 0.
 #
 # Damping moves every eigenvalue :math:`\mu` to :math:`\mu + \lambda`. The next figure shows the
-# sizes of the eigenvalues at initialisation, from the largest eigenvalue to the smallest. Crosses
-# are negative eigenvalues. The dashed line shows the eigenvalues after damping with :math:`\lambda
-# = 10^{-3}`, as long as they are positive. Sizes below :math:`10^{-7}` are drawn as
-# :math:`10^{-7}`.
+# sizes of the eigenvalues at initialisation, from the largest eigenvalue to the smallest (negative
+# ones as crosses), and as a dashed line the positive eigenvalues after damping with :math:`\lambda
+# = 10^{-3}`.
 
 # Draw the eigenvalues with and without damping.
 fig, axes = plt.subplots(2, 2, figsize=(5, 4.4), sharex=True, sharey=True)
@@ -467,11 +446,11 @@ _ = describe(
 )
 
 # %%
-# For the three semi-definite curvatures, no damped eigenvalue is below :math:`\lambda`. The
-# condition number, the largest eigenvalue :math:`\mu_1` over the smallest, drops from infinity to
-# :math:`\mu_1 / \lambda + 1`; `page B <plot_b_how_fast_how_exact.html>`__ bounds the steps of CG by
-# the condition number. The damped Hessian is positive definite only if :math:`\lambda` exceeds the
-# size of the most negative eigenvalue.
+# For the three semi-definite curvatures, no damped eigenvalue is below :math:`\lambda`, and the
+# condition number, the largest eigenvalue over the smallest, drops from infinity to at most
+# :math:`\mu_1 / \lambda + 1`. (`Page B <plot_b_how_fast_how_exact.html>`__ bounds the steps of CG
+# by the condition number.) The damped Hessian is positive definite only if :math:`\lambda` exceeds
+# the size of the most negative eigenvalue.
 
 for lam in (1e-3, 1e-2):
     print(f"λ = {lam}:")
@@ -488,23 +467,20 @@ for lam in (1e-3, 1e-2):
 # .. fold:: All sigmoids are replaced by ReLUs, whose second derivative is zero wherever the
 #     derivative exists. Do the blocks of the four curvatures still differ?
 #
-#    The blocks do not differ: with :math:`\sigma'' = 0`, the residual :math:`r` is zero in every
-#    layer, and all four curvatures have the blocks of the GGN. The full Hessian and the full GGN
-#    still differ outside the blocks, as :math:`z` has second derivatives with respect to the
-#    weights of two layers.
+#    No: with :math:`\sigma'' = 0`, the residual :math:`r` is zero in every layer. (The full Hessian
+#    and the full GGN still differ outside the blocks.)
 #
 # .. fold:: The labels are drawn from the model's own probabilities. What does the empirical Fisher
 #     approach as more and more labels are drawn?
 #
-#    The empirical Fisher approaches the Fisher matrix: the mean over drawn labels approaches the
-#    mean with the model's probabilities.
+#    The Fisher matrix: the mean over drawn labels approaches the mean with the model's
+#    probabilities.
 #
 # .. fold:: Exercise: run ``curvature_blocks`` at ``x_init`` with a residual of your own, ``lambda
 #     s2, d: (s2 * d).abs() / 10``. Call ``difference`` twice, each time with the blocks of the GGN:
 #     for your blocks, and for those of the PCH with abs. How large is the ratio of the results?
 #
-#    A tenth. :math:`\delta` does not depend on the curvature, and the recursion is linear in
-#    :math:`H_z` and :math:`r`. So the difference from the GGN is linear in :math:`r`.
+#    A tenth: the recursion is linear in :math:`H_z` and :math:`r`.
 
 # Check the answers.
 G_blocks = blocks_of(G)

@@ -3,34 +3,33 @@ B. How fast, how exact
 ======================
 
 How many products do conjugate gradients (CG) take to a given accuracy, and how exact can the
-solution be? `Page 2 <plot_2_conjugate_gradients.html>`__ builds the method and uses a bound on its
-speed. This page proves the bound, shows for which matrices CG is faster than the bound, and follows
-CG into rounding, to the point at which no further product helps. Here :math:`A` is symmetric
-positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is the iterate after
-:math:`k` steps of one product each, and :math:`e_k = x_k - x` is the error.
+solution be? This page proves the bound of `page 2 <plot_2_conjugate_gradients.html>`__, shows for
+which matrices CG is faster than the bound, and follows CG into rounding. Here :math:`A` is
+symmetric positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is the
+iterate after :math:`k` steps, and :math:`e_k = x_k - x` is the error.
 
-*About 30 minutes to read, and one to run.* To run this page, ``pip install`` the package as the
-`front page <../index.html#run-it-yourself>`__ says.
+*About 25 minutes to read, and one to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__.
 """
 
 # %%
 # What CG minimises
 # -----------------
 #
-# After :math:`k` steps, the residual :math:`r_k` is orthogonal to all :math:`k` directions (`page 2
-# <plot_2_conjugate_gradients.html#the-algorithm>`__), and the residual is the negative gradient of
-# the quadratic model. So no combination of the directions has a lower model value than :math:`x_k`.
-# The combinations of the directions are the combinations of :math:`b, A b, \ldots, A^{k-1} b`.
+# After :math:`k` steps, the residual :math:`r_k`, the negative gradient of the quadratic model, is
+# orthogonal to all :math:`k` directions (`page 2
+# <plot_2_conjugate_gradients.html#the-algorithm>`__). So no combination of the directions has a
+# lower model value than :math:`x_k`. The combinations of the directions are the combinations of
+# :math:`b, A b, \ldots, A^{k-1} b`.
 #
 # .. fold:: Why are the combinations the same?
 #
-#    Each residual and each direction is a polynomial in :math:`A`, times :math:`b`. The first ones
-#    are :math:`b`, and :math:`r_{k+1} = r_k - \alpha_k A p_k` and :math:`p_{k+1} = r_{k+1} +
-#    \beta_k\, p_k` raise the degree by one in each step. So the :math:`k` directions are
-#    combinations of :math:`b, A b, \ldots, A^{k-1} b`. Conjugate directions are linearly
-#    independent, and their combinations have :math:`k` dimensions. The combinations of the
-#    :math:`k` vectors :math:`b, \ldots, A^{k-1} b` have at most :math:`k` dimensions: so both are
-#    the same.
+#    The first residual and the first direction are :math:`b`, and :math:`r_{k+1} = r_k - \alpha_k A
+#    p_k` and :math:`p_{k+1} = r_{k+1} + \beta_k\, p_k` add one power of :math:`A` in each step. So
+#    the :math:`k` directions are combinations of :math:`b, A b, \ldots, A^{k-1} b`. Conjugate
+#    directions are linearly independent, so their combinations have :math:`k` dimensions. The
+#    combinations of :math:`b, \ldots, A^{k-1} b` have at most :math:`k` dimensions: so both are the
+#    same.
 #
 # As :math:`b = A x`, the model at :math:`x_k` exceeds the model at :math:`x` by
 #
@@ -43,7 +42,7 @@ positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is 
 #    \end{aligned}
 #
 # in the norm :math:`\lVert e \rVert_A = \sqrt{e^\top A e}`, the A-norm. So among these
-# combinations, :math:`x_k` has the error with the smallest A-norm.
+# combinations, :math:`x_k` has the smallest error in the A-norm.
 #
 # How fast
 # --------
@@ -52,7 +51,7 @@ positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is 
 # :math:`b`. So :math:`r_k = b - A x_k` is :math:`\pi(A)\, b`, with a polynomial :math:`\pi` of
 # degree :math:`k` at most and :math:`\pi(0) = 1`. The error is :math:`e_k = -A^{-1} r_k = \pi(A)\,
 # e_0`: along an eigenvector with the eigenvalue :math:`\mu_i`, the first error is multiplied by
-# :math:`\pi(\mu_i)`. Of all such polynomials, CG has the one whose error has the smallest A-norm.
+# :math:`\pi(\mu_i)`. Of all such polynomials, CG has the one with the smallest error.
 #
 # **Any polynomial gives a bound.** For each such :math:`\pi`,
 #
@@ -64,31 +63,29 @@ positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is 
 # Let :math:`\mu_n` be the smallest eigenvalue, :math:`\mu_1` the largest, and :math:`\kappa = \mu_1
 # / \mu_n` the condition number.
 #
-# **Degree one bounds gradient descent.** The line :math:`\pi(\mu) = 1 - 2 \mu / (\mu_1 + \mu_n)` is
-# :math:`\pm (\kappa - 1) / (\kappa + 1)` at :math:`\mu_n` and :math:`\mu_1`, and smaller in size
-# between. A step of gradient descent of the size :math:`\eta = 2 / (\mu_1 + \mu_n)` multiplies the
-# error by :math:`I - \eta A = \pi(A)`. In the A-norm, gradient descent with the best :math:`\alpha`
-# in each step does at least as well. So :math:`k` steps multiply the A-norm of the error by at most
-# the :math:`k`-th power of :math:`(\kappa - 1) / (\kappa + 1)`.
+# **Degree one bounds gradient descent.** A step of gradient descent of the size :math:`\eta = 2 /
+# (\mu_1 + \mu_n)` multiplies the error by :math:`\pi(A)`, with :math:`\pi(\mu) = 1 - \eta \mu`.
+# This line is :math:`\pm (\kappa - 1) / (\kappa + 1)` at :math:`\mu_n` and :math:`\mu_1`, and
+# smaller in size between. The best :math:`\alpha` in each step does at least as well. So :math:`k`
+# steps multiply the A-norm of the error by at most the :math:`k`-th power of :math:`(\kappa - 1) /
+# (\kappa + 1)`.
 #
 # **Degree k bounds CG.** Of all polynomials of degree :math:`k` that are 1 at zero, a shifted and
 # scaled polynomial of Chebyshev has the smallest maximum of :math:`\lvert \pi \rvert` between
-# :math:`\mu_n` and :math:`\mu_1`. This polynomial, which `Shewchuk (1994)
-# <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__ computes, gives CG the
-# bound
+# :math:`\mu_n` and :math:`\mu_1`. This polynomial gives CG the bound (`Shewchuk, 1994
+# <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__)
 #
 # .. math::
 #
 #    \frac{\lVert e_k \rVert_A}{\lVert e_0 \rVert_A}
 #    \le 2 \left( \frac{\sqrt{\kappa} - 1}{\sqrt{\kappa} + 1} \right)^k .
 #
-# For a large :math:`\kappa` the bracket is about :math:`\exp(-2 / \sqrt{\kappa})`. So the bounds
-# promise an error of :math:`\varepsilon` times the first after about :math:`\tfrac{1}{2}
-# \sqrt{\kappa} \ln(2 / \varepsilon)` steps of CG, and after about :math:`\tfrac{1}{2} \kappa \ln(1
-# / \varepsilon)` steps of gradient descent.
+# For a large :math:`\kappa` the bracket is about :math:`\exp(-2 / \sqrt{\kappa})`. So an error of
+# :math:`\varepsilon` times the first takes at most about :math:`\tfrac{1}{2} \sqrt{\kappa} \ln(2 /
+# \varepsilon)` steps of CG, or :math:`\tfrac{1}{2} \kappa \ln(1 / \varepsilon)` steps of gradient
+# descent.
 #
-# To try the bound, diagonal matrices are enough: a rotation of the axes rotates all iterates alike,
-# as the next cell checks.
+# To try the bound, diagonal matrices are enough: a rotation of the axes rotates all iterates alike.
 
 # Define solve, which keeps the iterates, and errors; check a rotation.
 import math
@@ -160,18 +157,16 @@ _ = describe(
 )
 
 # %%
-# The errors stay below the bounds. With a hundred times the :math:`\kappa`, CG takes about nine
-# times the products; by the bound, :math:`\sqrt{100} = 10` times.
+# With a hundred times the :math:`\kappa`, CG takes about nine times the products; by the bound,
+# :math:`\sqrt{100} = 10` times.
 #
-# The A-norm of the error falls at every step, but a solve cannot compute the error, which needs the
-# solution. The solve can compute the residual. As :math:`\lVert e_k \rVert_A^2 = r_k^\top A^{-1}
+# A solve knows the residual, and not the error. As :math:`\lVert e_k \rVert_A^2 = r_k^\top A^{-1}
 # r_k`, the relative residual and the relative error differ by a factor of at most
 # :math:`\sqrt{\kappa}`, in either direction.
 #
-# The error can be estimated, too. In step :math:`k`, the slope of the model along :math:`p_k` rises
-# from :math:`-p_k^\top r_k` to zero, and the model falls by :math:`\tfrac{1}{2} \alpha_k \lVert r_k
-# \rVert^2`. So :math:`\lVert e_k \rVert_A^2` falls by :math:`\alpha_k \lVert r_k \rVert^2`, which
-# CG has computed. Over five steps,
+# The error can be estimated, five steps late. In step :math:`k`, the model falls by
+# :math:`\tfrac{1}{2} \alpha_k \lVert r_k \rVert^2`, and so :math:`\lVert e_k \rVert_A^2` by twice
+# this. Over five steps,
 #
 # .. math::
 #
@@ -179,8 +174,8 @@ _ = describe(
 #    = \lVert e_{k-5} \rVert_A^2 - \lVert e_k \rVert_A^2 .
 #
 # If the error falls fast, the last term is small, and the root of the sum is close to the error
-# five steps ago (Strakoš and Tichý, `On error estimation in the conjugate gradient method
-# <https://etna.math.kent.edu/vol.13.2002/pp56-80.dir/pp56-80.pdf>`__, 2002). How close?
+# five steps ago (`Strakoš and Tichý, 2002
+# <https://etna.math.kent.edu/vol.13.2002/pp56-80.dir/pp56-80.pdf>`__). How close?
 
 for kappa in (10, 100, 1000):
     error, residual = errors(torch.linspace(1, kappa, 3000).double(), 250)
@@ -191,15 +186,14 @@ for kappa in (10, 100, 1000):
     assert seen.min() > (0.6 if kappa == 1000 else 0.9) and seen.max() < 1
 
 # %%
-# So CG can estimate the error, five steps late. The estimate is never too large, and here at least
-# six tenths of the error.
+# The estimate is never too large, and here at least six tenths of the error.
 #
 # Clustered eigenvalues
 # ---------------------
 #
-# Does the condition number alone decide how fast CG is? The polynomial has to be small at the
-# eigenvalues, and may be large between them. Let the eigenvalues lie in three clusters, around
-# :math:`c_1, c_2` and :math:`c_3`. A polynomial of degree 3 can have a zero in each cluster:
+# The polynomial has to be small at the eigenvalues, and may be large between them. Let the
+# eigenvalues lie in three clusters, around :math:`c_1, c_2` and :math:`c_3`. A polynomial of degree
+# 3 can have a zero in each cluster:
 #
 # .. math::
 #
@@ -208,14 +202,13 @@ for kappa in (10, 100, 1000):
 #
 # If each cluster is a single value, CG is done after three steps. If the clusters are narrow,
 # :math:`\lvert \pi \rvert` is at most some small :math:`\omega` on the clusters: after three steps,
-# the error is at most :math:`\omega` times the first. Since :math:`\pi^2` has degree 6, the error
-# is at most :math:`\omega^2` times the first after six steps, and so on.
+# the error is at most :math:`\omega` times the first, after six steps :math:`\omega^2` times (by
+# :math:`\pi^2`, of degree 6), and so on.
 #
-# The next cell compares three matrices: with eigenvalues that are spread evenly, that lie in three
-# clusters of width 1, or that are three single values. All entries of ``b`` are one. The entries of
-# :math:`r_k = \pi(A)\, b` are then the values of CG's polynomial at the eigenvalues. To show the
-# polynomial between the clusters as well, the cell adds unknowns with eigenvalues on a grid. Their
-# entries of ``b`` are :math:`10^{-9}`, too small to change the solve.
+# Three matrices have eigenvalues that are spread evenly, that lie in three clusters of width 1, or
+# that are three single values. (To show CG's polynomial between the clusters as well, the next cell
+# adds unknowns with eigenvalues on a grid, and with entries of ``b`` too small to change the
+# solve.)
 
 clusters = torch.tensor([20.0, 300.0, 1000.0]).double()
 clustered = (clusters[:, None] + torch.linspace(-0.5, 0.5, 100)).flatten()
@@ -278,21 +271,20 @@ _ = describe(
 )
 
 # %%
-# In the upper panel, CG's polynomial of degree 3 is almost zero at all three clusters, the black
-# dots. The three matrices have nearly the same condition number, but three single values take three
-# products, three narrow clusters take about a dozen, and evenly spread eigenvalues several times as
-# many. The curvature matrices of page A have `a few large eigenvalues and many tiny ones
-# <plot_a_positive_curvature.html#spectra>`__. Damping moves the tiny ones to a narrow cluster at
+# CG's polynomial of degree 3 is almost zero at all three clusters, the black dots. The three
+# matrices have nearly the same condition number, but three single values take three products, three
+# narrow clusters about a dozen, and evenly spread eigenvalues several times as many. The curvature
+# matrices of page A have `a few large eigenvalues and many tiny ones
+# <plot_a_positive_curvature.html#spectra>`__; damping moves the tiny ones to a narrow cluster at
 # :math:`\lambda`.
 #
 # Preconditioning
 # ---------------
 #
-# If the unknowns have different units, the condition number may be large. A preconditioner ``M``
-# rescales the unknowns: ``M`` is a symmetric positive definite approximation of :math:`A^{-1}` that
-# is cheap to apply. The algorithm builds its directions from :math:`z = M r` in place of :math:`r`,
-# and replaces :math:`r^\top r` by :math:`r^\top z`. Let :math:`E` be a diagonal matrix, and
-# :math:`M = E^{-2}`. Then the algorithm is CG for the rescaled unknowns :math:`E x`:
+# A preconditioner ``M`` is a symmetric positive definite approximation of :math:`A^{-1}` that is
+# cheap to apply. The algorithm builds its directions from :math:`z = M r` in place of :math:`r`,
+# and replaces :math:`r^\top r` by :math:`r^\top z`. If :math:`M = E^{-2}`, with a diagonal matrix
+# :math:`E`, then the algorithm is CG for the rescaled unknowns :math:`E x`:
 #
 # .. math:: (E^{-1} A E^{-1})\, (E x) = E^{-1} b .
 #
@@ -350,26 +342,18 @@ _ = describe(
 )
 
 # %%
-# The thin line is the default tolerance, :math:`10^{-5}\, \lVert b \rVert`. Both solves stop by the
-# residual :math:`r`, and not by the rescaled :math:`E^{-1} r`, so that the two counts belong to the
-# same accuracy. (Without ``M``, rounding makes the solve longer than its 100 unknowns: see the next
-# section.)
-#
-# For a network, BackPACK computes the diagonal of the GGN. The `benchmarks
-# <../benchmarks.html#what-else-was-tried>`__ compare the cost of the diagonal with the products
-# that the diagonal saves. Martens (2010) and Chapelle and Erhan, "Improved Preconditioner for
-# Hessian Free Optimization" (2011), use cheaper preconditioners. On images, the tutorial uses no
-# preconditioner; on least squares, `page 7 <plot_7_where_it_wins.html>`__ does.
+# Both solves stop by the residual :math:`r`, at the thin line. (Without ``M``, rounding makes the
+# solve longer than its 100 unknowns: see the next section.) On images, this tutorial uses no
+# preconditioner (the `benchmarks <../benchmarks.html#what-else-was-tried>`__ say why); on least
+# squares, `page 7 <plot_7_where_it_wins.html>`__ does.
 #
 # Rounding
 # --------
 #
-# In exact arithmetic, CG takes at most as many steps as there are unknowns. How many steps does CG
-# take in floating point? CG updates the residual by a recurrence, :math:`r_{k+1} = r_k - \alpha_k A
-# p_k`. In exact arithmetic, this residual is :math:`b - A x_k`; with rounding, the two differ. The
-# next cell takes 60 unknowns, a condition number of 1000 and 180 steps of the bare loop of ``cg``,
-# and computes :math:`b - A x_k` in float64. The precision of a format is the distance from 1 to the
-# next number, 1.2e-7 in float32 and 2.2e-16 in float64.
+# In exact arithmetic, CG takes at most as many steps as there are unknowns, and the residual of the
+# recurrence, :math:`r_{k+1} = r_k - \alpha_k A p_k`, is :math:`b - A x_k`. And with rounding? Take
+# 60 unknowns, a condition number of 1000 and 180 steps of the bare loop of ``cg``. The precision of
+# a format is the distance from 1 to the next number, 1.2e-7 in float32 and 2.2e-16 in float64.
 
 from itertools import islice
 
@@ -414,18 +398,16 @@ _ = describe(
 )
 
 # %%
-# After 60 products, the thin line, the residual is not small in either format: rounding spoils the
-# conjugacy to directions long past, and CG repeats itself. Later, :math:`b - A x_k` stops at a
-# floor, while the residual of the recurrence goes on falling. As long as the relative residual is
-# above one hundredth, the two residuals agree to one percent: a solve with the tolerance 0.1, as in
-# training, may trust the recurrence.
+# After 60 products, the thin line, the residual is not small in either format. Later, :math:`b - A
+# x_k` stops at a floor, while the residual of the recurrence goes on falling. Above one hundredth,
+# the two residuals agree to one percent: a solve with the tolerance 0.1, as in training, may trust
+# the recurrence.
 #
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
-# precision times :math:`\lVert A \rVert \lVert x_k \rVert`, and the recurrence does not contain
-# this change. Greenbaum, `Estimating the Attainable Accuracy of Recursively Computed Residual
-# Methods <https://doi.org/10.1137/S0895479895284944>`__, 1997, bounds the floor by a multiple of
-# the largest change. Here are the floor and the largest change for two condition numbers, in
-# float64, in units of the precision times :math:`\lVert b \rVert`:
+# precision times :math:`\lVert A \rVert \lVert x_k \rVert`. `Greenbaum (1997)
+# <https://doi.org/10.1137/S0895479895284944>`__ bounds the floor by a multiple of the largest such
+# change. In units of the precision times :math:`\lVert b \rVert`, the floor is far below this
+# change:
 
 for kappa, steps in ((1e3, 400), (1e6, 2000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)
@@ -434,22 +416,19 @@ for kappa, steps in ((1e3, 400), (1e6, 2000)):
     assert 1 < floor < largest / 10
 
 # %%
-# In both cases, the floor is far below the largest change.
-#
 # Drift and its cure
 # ------------------
 #
-# ``cg`` estimates how far the two residuals have drifted apart. If the drift is as large as the
-# residual, or may decide whether the tolerance is met, ``cg`` computes :math:`b - A x_k`, for one
-# more product. Then there are three cases:
+# ``cg`` estimates how far the two residuals have drifted apart. If the drift matters, ``cg``
+# computes :math:`b - A x_k`, for one more product. Then there are three cases:
 #
 # - :math:`b - A x_k` meets the tolerance: the solve has converged.
 # - :math:`b - A x_k` has at least halved since its last computation: CG starts again from
 #   :math:`x_k`.
 # - Otherwise, the solve ends with the reason ``"stagnation"``.
 #
-# SciPy's ``cg`` stops by the residual of the recurrence. Solve a system of 400 unknowns with a
-# condition number of 10,000, in float32, to a tolerance of 1e-5. How large is :math:`b - A x`,
+# SciPy's ``cg`` stops by the residual of the recurrence. For a system of 400 unknowns with a
+# condition number of 10,000, in float32, and a tolerance of 1e-5, how large is :math:`b - A x`,
 # relative to :math:`b`, at the end?
 
 from scipy.sparse import linalg
@@ -486,10 +465,9 @@ assert loose.solve.converged
 assert true_residual(A_400, b_400, loose.x) < 1.1e-3
 
 # %%
-# SciPy calls a solution converged, although the solution misses the tolerance by more than a factor
-# of ten. After ``"stagnation"``, solve in float64, or take a tolerance that float32 can reach, here
-# 1e-3. A good preconditioner helps, too. For the badly scaled matrix above, the solve in float32
-# ends at a lower residual with ``M``:
+# SciPy reports convergence, but the solution misses the tolerance by more than a factor of ten.
+# After ``"stagnation"``, solve in float64, or take a tolerance that float32 can reach, here 1e-3. A
+# good preconditioner helps, too, here for the badly scaled matrix above:
 
 A, b, ends = A.float(), b.float(), []
 for name, N in (("without M", None), ("with M", M)):
@@ -499,9 +477,8 @@ for name, N in (("without M", None), ("with M", M)):
 assert ends[0] > 1.3 * ends[1]
 
 # %%
-# Apart from rounding, do SciPy's ``cg`` and ours take the same steps? Both solve with the damped
-# GGN of the tutorial's network, in float64, with the same function for the products and the same
-# stopping rule.
+# Apart from rounding, SciPy's ``cg`` and ours take the same steps, here with the damped GGN of the
+# network of page 3:
 
 import numpy as np
 from torch.nn.utils import parameters_to_vector
@@ -543,13 +520,9 @@ print(f"{len(theirs)} iterates each, relative difference {difference:.0e}")
 assert len(theirs) == result.solve.products and difference < 1e-10
 
 # %%
-# The iterates agree, up to rounding.
-#
-# How many products may a solve take? Above, 60 products were not enough for 60 unknowns. So without
-# a ``maxiter``, ``cg`` allows ten products for each unknown, as SciPy does.
-#
-# The residual may also become larger than at the start: CG lowers the A-norm of the error at every
-# step, and not the residual.
+# Above, 60 products were not enough for 60 unknowns. So without a ``maxiter``, ``cg`` allows ten
+# products for each unknown, as SciPy does. The residual may also become larger than at the start:
+# CG lowers the A-norm of the error at every step, and not the residual.
 
 eigenvalues = torch.logspace(0, 4, 60).double()
 b = torch.ones(60).double()
@@ -572,14 +545,13 @@ assert unlimited.solve.converged and unlimited.solve.products > 2 * b.numel()
 # .. fold:: A matrix of a million rows has four distinct eigenvalues. After how many products does
 #     CG end, in exact arithmetic?
 #
-#    CG ends after four products at most: some polynomial of degree four is 1 at zero, and zero at
-#    all four eigenvalues.
+#    Four at most: some polynomial of degree four is 1 at zero, and zero at all four eigenvalues.
 #
 # .. fold:: A solve in float32 ends with the reason ``"stagnation"``. Does a larger ``maxiter``
 #     help?
 #
-#    More products do not help, as :math:`b - A x_k` has reached its floor. Solve in float64, raise
-#    the tolerance, or scale the unknowns by a preconditioner.
+#    No: :math:`b - A x_k` has reached its floor. Solve in float64, raise the tolerance, or use a
+#    preconditioner.
 #
 # .. fold:: Exercise: in the line ``clusters``, add a fourth cluster at 600. Does :math:`\omega`
 #     fall? Do the four clusters take fewer products than the three clusters?

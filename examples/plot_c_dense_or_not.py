@@ -3,31 +3,28 @@ C. Dense or not
 ===============
 
 Why not store the curvature matrix, and factorize it? And if conjugate gradients
-(CG) stop early, which part of the Newton step is missing? This page goes deeper
-into both questions, beside `page 5 <plot_5_any_architecture.html>`__. Each step
-solves
+(CG) stop early, which part of the Newton step is missing? Each step solves
 
 .. math::
 
    (C + \lambda I)\, v = -g .
 
-On this page, :math:`C = J^\top H_L\, J` is the `generalized Gauss-Newton matrix
+Here, :math:`C = J^\top H_L\, J` is the `generalized Gauss-Newton matrix
 <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) of a whole network, or
 of its layers.
 
-*About 10 minutes to read, and two to run.* To run this page, ``pip install`` the
-package as the `front page <../index.html#run-it-yourself>`__ says.
+*About 10 minutes to read, and two to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__.
 """
 
 # %%
 # Until the matrix no longer fits
 # -------------------------------
 #
-# How do time and memory grow with the network? Take a network with one hidden
-# layer of sigmoids, for images of 7 × 7 pixels, and make the hidden layer wider
-# and wider. Compute the Newton step of the whole network in three ways. The
-# **matrix-free** way is CG on products, until the residual is a thousandth of the
-# gradient:
+# Take a network with one hidden layer of sigmoids, for images of 7 × 7 pixels,
+# and make the hidden layer wider and wider. How do time and memory of a Newton
+# step grow? The **matrix-free** way is CG on products, until the residual is a
+# thousandth of the gradient:
 
 # What this page imports, and helpers.
 import statistics
@@ -91,9 +88,8 @@ def matrix_free_step(model):
 # The **dense** way forms the matrix and factorizes it. The third way, the formula
 # of **Woodbury**, solves a smaller system. With :math:`H_L = S S^\top` and
 # :math:`U = S^\top J`, the GGN is :math:`U^\top U`. For 64 images with ten
-# outputs each, :math:`U` has 640 rows. (The rank of the GGN is at most 576, as
-# `page 1 <plot_1_newton_step.html#generalized-gauss-newton>`__ says: the rows
-# depend on each other.) The formula needs one solve with a matrix of 640 × 640:
+# outputs each, :math:`U` has 640 rows, and the formula needs one solve with a
+# matrix of 640 × 640:
 #
 # .. math::
 #
@@ -132,12 +128,11 @@ def woodbury_step(model):
 
 
 # %%
-# The memory is the size of the tensors, not a measured peak. In single precision,
-# the dense matrix of :math:`n` parameters takes :math:`4 n^2` bytes, and
-# Woodbury's :math:`U` takes :math:`4 \cdot 640\, n`. The matrix-free way takes
-# five vectors (the gradient and the `four of CG
+# In single precision, the dense matrix of :math:`n` parameters takes :math:`4
+# n^2` bytes, and Woodbury's :math:`U` takes :math:`4 \cdot 640\, n`. The
+# matrix-free way takes five vectors (the gradient and the `four of CG
 # <plot_2_conjugate_gradients.html#the-algorithm>`__) and the tensors that the
-# graphs of the products save. PyTorch reports each tensor that a graph saves.
+# graphs of the products save.
 
 
 # Count the bytes that the graphs hold on to.
@@ -241,28 +236,25 @@ assert memory[-1] < 0.1 * GB
 assert dense_memory[-1] > 200 * GB
 
 # %%
-# At the sizes that several ways reach, their steps agree to within 2 %. If the
-# number of parameters doubles, the memory of the vectors doubles, the memory of
-# the matrix grows fourfold, and the operations of its factorization eightfold. A
-# network of a hundred thousand parameters is a small network, and its matrix
-# takes 40 GB. The memory of Woodbury's formula grows in proportion to the
-# parameters, as the vectors do, but :math:`U` has 640 rows. The step computes all
-# of these rows, and :math:`U U^\top`.
+# The steps agree to within 2 %. If the number of parameters doubles, the memory
+# of the vectors doubles, the memory of the matrix grows fourfold, and the
+# operations of its factorization eightfold. For a hundred thousand parameters,
+# the matrix takes 40 GB. Woodbury's formula computes 640 rows, and :math:`U
+# U^\top`.
 #
-# Which way to take? For the smallest networks, the dense way is the fastest. From
-# about a thousand parameters on, the matrix-free way is ahead here, in time and
-# in memory. (On least squares with many products per step, a stored Jacobian
-# pays: see `page 7 <plot_7_where_it_wins.html#what-a-step-costs>`__.)
+# For the smallest networks, the dense way is the fastest. From about a thousand
+# parameters on, the matrix-free way is ahead here, in time and in memory. (On
+# least squares, with many products per step, a `stored Jacobian
+# <plot_7_where_it_wins.html#what-a-step-costs>`__ pays.)
 #
 # What a tolerance on the whole network allows
 # --------------------------------------------
 #
 # With :math:`b = -g`, CG stops once :math:`\lVert r \rVert \le \mathrm{tol}\,
-# \lVert b \rVert` (see `page 2
-# <plot_2_conjugate_gradients.html#when-to-stop>`__). If the whole network is one
-# block, both norms cover all layers: the squared norm is a sum over the layers,
-# :math:`\lVert b \rVert^2 = \sum_l \lVert b_l \rVert^2`. So a layer with a small
-# share of the sum hardly counts. Take the `tutorial's network
+# \lVert b \rVert` (`page 2 <plot_2_conjugate_gradients.html#when-to-stop>`__). If
+# the whole network is one block, the squared norms are sums over the layers,
+# :math:`\lVert b \rVert^2 = \sum_l \lVert b_l \rVert^2`, and a layer with a small
+# share hardly counts. Take the network of `page 3
 # <plot_3_matrix_free_optimization.html>`__ before training. What is each layer's
 # share? And how long is each layer's part of the step, relative to the same part
 # of the exact step?
@@ -330,16 +322,13 @@ _ = describe(
 )
 
 # %%
-# The last layer has nine tenths of :math:`\lVert b \rVert^2`. With a tolerance of
-# 0.1, CG may leave :math:`0.1^2 = 1\,\%` of :math:`\lVert b \rVert^2`, and both
-# convolutions together have less. So CG may stop before the convolutions have
-# moved. Their parts of the step are indeed less than a hundredth as long as the
-# exact parts. With a tolerance of 0.01, CG has to go on: the second convolution's
-# share is too large to be left. Then all four parts come out within a few
-# percent, even that of the first convolution, whose share is so small that CG
-# might have stopped without it. If each layer is a block with a system of its
-# own, then a tolerance of 0.1 brings each layer's residual to a tenth of its own
-# gradient.
+# With a tolerance of 0.1, CG may leave :math:`0.1^2 = 1\,\%` of :math:`\lVert b
+# \rVert^2`, and both convolutions together have less. So CG may stop before the
+# convolutions have moved: their parts of the step are less than a hundredth as
+# long as the exact parts. With a tolerance of 0.01, the second convolution's
+# share is too large to be left, CG goes on, and all four parts come out within a
+# few percent. If each layer is a block with a system of its own, then a tolerance
+# of 0.1 brings each layer's residual to a tenth of its own gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
@@ -353,12 +342,11 @@ assert ((length[0.01] - 1).abs() < 0.05).all()
 #
 # The last layer has nine tenths of :math:`\lVert b \rVert^2`. But with a
 # tolerance of 0.1, its part of the step is an eighth as long as the exact part.
-# Do the other layers cause this? Solve the last layer's system alone, to the same
-# tolerance, from three seeds. The output has the length of the step, and the
-# decrease of the quadratic model, both relative to the exact step. The output
-# also has the curvature :math:`p^\top A p / p^\top p` along the gradient, and
-# along the missing part of the step, which is the exact step minus the step of
-# CG:
+# Do the other layers cause this? Solve the last layer's system alone, from three
+# seeds. The output has the length of the step and the decrease of the quadratic
+# model, relative to the exact step; and the curvature :math:`p^\top A p / p^\top
+# p` along the gradient, and along the missing part, the exact step minus the step
+# of CG:
 
 SEEDS = range(3)
 for seed in SEEDS:
@@ -377,19 +365,18 @@ for seed in SEEDS:
     assert along[0] > 1 and along[1] < 1.5 * 1e-3
 
 # %%
-# The other layers are not the cause: solved alone, the last layer's step is as
-# short as before. Along the missing part, the curvature is hardly more than the
-# damping of 0.001. Along the gradient, the curvature is above 1. The residual is
-# :math:`A` times the missing part. So the residual is small, although the missing
-# part is long. The step reaches most of the decrease all the same.
+# The other layers are not the cause. Along the missing part, the curvature is
+# hardly more than the damping of 0.001; along the gradient, above 1. The residual
+# is :math:`A` times the missing part, and so is small, although the missing part
+# is long. The step reaches most of the decrease all the same.
 #
 # Does a tighter solve train better?
 # ----------------------------------
 #
 # Page 5 trains with a tolerance of 0.1. Here are the same trainings, with `three
-# kinds of blocks <plot_5_any_architecture.html#blocks-parameter-layer-network>`__
-# and a damping of 0.001, to a tolerance of 0.01: the medians of the last five of
-# 16 losses, from three seeds.
+# kinds of blocks
+# <plot_5_any_architecture.html#blocks-parameter-layer-network>`__, to a tolerance
+# of 0.01: the medians of the last five of 16 losses, from three seeds.
 
 KINDS = {
     "per parameter": per_parameter,
@@ -418,10 +405,9 @@ for label, blocks in KINDS.items():
     print(f"{label:13}  losses", *[f"{loss:8.2f}" for loss in late[label]])
 
 # %%
-# Blocks per layer train from every seed, to losses below the 2.3 of guessing. Of
-# the six runs of the two other kinds, some blow up, here to losses of hundreds or
-# thousands. Which runs blow up depends on the machine. A more exact solution for
-# one mini-batch does not make a step safer.
+# Blocks per layer train from every seed. Of the six other runs, some blow up
+# (which ones, depends on the machine). A more exact solution for one mini-batch
+# does not make a step safer.
 
 # Check the late losses.
 assert max(late["per layer"]) < 2  # 0.3 to 1.3, by machine and rounding
@@ -447,8 +433,7 @@ assert max(late["per parameter"] + late["network"]) > 3
 # .. fold:: Change the code: set the damping of the last layer's system to 1. What
 #     part of the exact step does a tolerance of 0.1 reach?
 #
-#    More than nine tenths, from each seed: with this damping, the curvature is at
-#    least 1 in every direction.
+#    More than nine tenths, from each seed.
 
 # Check the answers.
 n = 50_000
