@@ -257,8 +257,9 @@ _ = describe(
 )
 
 # %%
-# Gradient descent repeats every second step. Each step of CG settles one
-# direction for good, and twelve steps solve for twelve unknowns.
+# In gradient descent, each step resembles the step before the last. Each step
+# of CG settles one direction for good, and twelve steps solve for twelve
+# unknowns.
 #
 # The algorithm
 # -------------
@@ -566,8 +567,8 @@ _ = describe(
 #    A = \begin{bmatrix} 1 & 0 \\ 0 & -2 \end{bmatrix}, \qquad
 #    b = \begin{bmatrix} 1 \\ 2 \end{bmatrix}.
 #
-# Plain CG, ``negative_curvature="ignore"``, goes on; by default, ``"stop"``,
-# ``cg`` stops:
+# By default, ``cg`` stops at negative curvature. *Plain CG*, with the option
+# ``negative_curvature="ignore"``, goes on:
 
 diagonal = torch.tensor([1.0, -2.0]).double()
 b = torch.tensor([1.0, 2.0]).double()
@@ -620,8 +621,8 @@ _ = describe(
 # The remedy is to stop at the first direction with :math:`p^\top A p \le 0`
 # (`Dembo and Steihaug, 1983 <https://doi.org/10.1007/BF02592055>`__). All
 # earlier directions have positive curvature, so the last iterate points
-# downhill. If this is the first direction already, then ``cg`` returns :math:`b
-# = -g`, a step of gradient descent.
+# downhill. If the first direction has no positive curvature, then ``cg``
+# returns :math:`b = -g`, a step of gradient descent.
 #
 # Does the remedy matter for the network? Solve with the Hessian of the first
 # layer in both ways:

@@ -226,7 +226,7 @@ print(f"largest difference between the losses: {gap:g}")
 # - checks before any parameter moves: an error names the parameter and the
 #   remedy;
 # - weight decay, a `bound on the length of the step
-#   <../guides/choosing.html>`__, and warm starts;
+#   <../guides/choosing.html>`__, ``max_length``, and warm starts;
 # - a `report on each solve <../guides/diagnostics.html>`__;
 # - training in `several processes <plot_6_several_processes.html>`__;
 # - Newton steps for some layers, `beside another optimizer's steps
@@ -559,7 +559,8 @@ _ = explorable(figure, "runs", data)
 # %%
 # With dampings of 0.1 and 1, the loss stays on the plateau. With 0.001, the
 # loss falls sooner than with 0.01, for about twice as many products. With
-# 0.0001, the run takes still more products, and the loss at the end is higher.
+# 0.0001, the run takes still more products, and ends at a higher loss than with
+# 0.001.
 
 # Check what the last lines say.
 late_losses = [sum(history.loss[-10:]) / 10 for history in by_damping]

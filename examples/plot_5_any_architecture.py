@@ -537,8 +537,8 @@ _ = describe(
 )
 
 # %%
-# - Blocks per parameter and per layer both train; blocks per layer need fewer
-#   products.
+# - Blocks per parameter and blocks per layer both train, the blocks per layer with
+#   fewer products.
 # - The whole network does not train in 16 steps. With equal products, the whole
 #   network trains, in many more steps and in more time.
 # - At a tolerance of 0.01, blocks per layer train, and `some runs of the other

@@ -176,8 +176,9 @@ from cgn_tutorial import Share
 print(dedent(inspect.getsource(Share.mean)))
 
 # %%
-# Here, ``compute`` multiplies the vector ``like`` by this process's curvature. If
-# ``compute`` fails, the process sends NaN, and every process raises an error.
+# For a product, ``compute`` returns this process's product, and ``like`` is a
+# tensor of the same shape. If ``compute`` fails, the process sends NaN, and every
+# process raises an error.
 #
 # Here is the training loop. As usual in PyTorch, ``replica`` is the network
 # within ``DistributedDataParallel``. One line is new, the call of ``whole_batch``
@@ -330,10 +331,11 @@ assert two[-1] < 1
 #        train_parallel.py --checkpoint /shared/checkpoint.pt
 #
 # If a process dies, the other processes raise an error, and ``torchrun`` starts
-# all again, up to three times, from the checkpoint. (The line with ``export``
-# keeps new processes from old addresses.) If options or parameters differ between
-# processes, ``whole_batch`` raises an error in all of them. The tests run several
-# processes on CPUs, and one on a GPU; several GPUs were not tested.
+# all again, up to three times, from the checkpoint. (The first line makes the new
+# processes forget the address at which the old ones met.) If options or
+# parameters differ between processes, ``whole_batch`` raises an error in all of
+# them. The tests run several processes on CPUs, and one on a GPU; several GPUs
+# were not tested.
 #
 # How many processes?
 # -------------------

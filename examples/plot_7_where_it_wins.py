@@ -4,11 +4,11 @@ r"""
 
 Least squares to many digits suits **second-order steps**: fits, and networks that solve
 differential equations. On six such problems, the best method of torch and SciPy has 2.3
-to 15 times the error of ``CGNOptimizer`` in the same time. (The better of two variants
-of ``CGNOptimizer`` counts.) On five of the six, this method is ``least_squares``, which
-takes second-order steps as well. A dense self-scaled Broyden method (SSBroyden), which
-neither torch nor SciPy has, is ahead of ``CGNOptimizer`` on four problems, and behind
-on two.
+to 15 times the error of ``CGNOptimizer`` in the same time. On five of the six, this
+best method is SciPy's ``least_squares``, which takes second-order steps as well. (The
+better of two variants of ``CGNOptimizer`` counts.) A dense self-scaled Broyden method
+(SSBroyden), which neither torch nor SciPy has, is ahead of ``CGNOptimizer`` on four
+problems, and behind on two.
 
 This page fits a function, solves a differential equation, and races nine methods. Every
 step of ``CGNOptimizer`` solves
@@ -18,7 +18,8 @@ step of ``CGNOptimizer`` solves
    (J^\top J + \lambda I)\, v = -J^\top r .
 
 Here :math:`r` are the residuals, :math:`J` is their Jacobian with respect to the
-parameters, and :math:`\lambda` is the damping. This page needs none of the others.
+parameters, and :math:`\lambda` is the damping. You can read this page without the
+others.
 
 *About 20 minutes to read, and two to run.* To run this page, `install the package
 <../index.html#run-it-yourself>`__.
@@ -82,8 +83,8 @@ in_double = fit(x, y)
 # ``JacobianGGN`` stores :math:`J`, and its ``backward`` takes the place of
 # ``loss.backward()``. With 301 unknowns, the matrix is small, and ``cholesky`` solves
 # each system exactly. ``LevenbergMarquardt`` adapts :math:`\lambda` by Nielsen's rule:
-# if the loss falls as the quadratic model predicts, :math:`\lambda` falls by up to a
-# factor of three; if the loss falls by less than half of the prediction,
+# if the loss falls as a linear model of :math:`r` predicts, :math:`\lambda` falls by up
+# to a factor of three; if the loss falls by less than half of the prediction,
 # :math:`\lambda` rises; if the loss does not fall, the step is undone as well. In 300
 # steps, the loss falls below :math:`10^{-8}`.
 
@@ -146,8 +147,8 @@ assert l2 < 1e-3
 
 # %%
 # Here is the function of the residual at a point inside. The network returns
-# :math:`u_\theta`, its gradient with respect to the point, and, with weights of one,
-# its Laplacian.
+# :math:`u_\theta`, its gradient, and a weighted sum of its second derivatives, in the
+# ``d`` coordinates of the point. With all weights 1, this sum is the Laplacian.
 
 import inspect
 from textwrap import dedent
@@ -251,15 +252,14 @@ for label, network in (("start", untrained), ("trained", race.model)):
 
 figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
 for (label, s), color in zip(spectra.items(), ("blue", "orange"), strict=True):
-    axes.semilogy(
-        range(1, len(s) + 1), s.clamp(min=1e-18), color=COLORS[color]
-    )
+    axes.semilogy(range(1, len(s) + 1), s, color=COLORS[color])
     axes.text(
         len(s) / 3, 6 * s[len(s) // 3], label, color=COLORS[color], ha="left"
     )
 axes.axhline(1e-6, ls=":", color=COLORS["gray"])
 axes.text(250, 2e-6, r"$\lambda = 10^{-6}$", color=COLORS["gray"], ha="right")
 axes.set(xlabel="i", ylabel=r"eigenvalue $s_i$ of $J^\top J$")
+axes.set_ylim(bottom=1e-18)
 _ = describe(
     figure,
     "The eigenvalues of the matrix, in order, on a logarithmic axis. Both"
@@ -360,8 +360,8 @@ assert all(c["product, stored J"] < 1 / 3 for c in costs.values())
 # The cost of a Cholesky factorization grows with :math:`n^3` for :math:`n` parameters.
 # (If there are fewer residuals than parameters, ``cholesky`` factorizes the smaller
 # matrix :math:`JJ^\top + \lambda I`.) A larger system is solved by conjugate gradients
-# (CG) with a **preconditioner**, a matrix :math:`M` close to the inverse, which saves
-# products.
+# (CG, `page 2 <plot_2_conjugate_gradients.html>`__) with a **preconditioner**, a matrix
+# :math:`M` close to the inverse, which saves products.
 #
 # ``Nystrom`` multiplies :math:`J^\top J` by random directions, as many as its rank, and
 # estimates the largest eigenvalues and their eigenvectors. How many products does CG
@@ -405,13 +405,13 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 # The race
 # --------
 #
-# Each contender had six random settings, each variant of CGN as well. The best was
-# chosen in the longer races of the `full tables <../least_squares.html>`__, on a seed
-# that does not race. Here, it races for 1.5 seconds of processor time, from three other
-# seeds.
+# Each contender, and so each variant of CGN, had six random settings. The best setting
+# was chosen for the longer races of the `full tables <../least_squares.html>`__, on a
+# seed that does not race. Here, this setting races for 1.5 seconds of processor time,
+# from three other seeds.
 #
-# - ``least_squares`` is SciPy's: second-order steps with the stored :math:`J`, within a
-#   trust region.
+# - ``least_squares`` is SciPy's, and takes second-order steps with the stored
+#   :math:`J`.
 # - ``L-BFGS`` is torch's. L-BFGS learns nothing from a step if the inner product of the
 #   step and the change of the gradient is below :math:`10^{-10}`. So the loss is
 #   multiplied by a large number, the scale.
@@ -544,10 +544,10 @@ print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 # Hessian-free runs CG on the matrix of CGN. The two ENGD (energy natural gradient
 # descent) solve with the dense matrix, and the two KFAC approximate this matrix by
 # Kronecker products. In the full tables, CGN is at 1.3e-6 after 20 seconds: below all
-# published errors after 60 seconds, and above those of the methods named here after
-# 1,000 seconds. Our L-BFGS with the scaled loss ends, after 20 seconds, at 1.6 times
-# the error of their L-BFGS; their SGD got much further than our momentum. (Machines,
-# points and settings differ.)
+# published errors after 60 seconds. After 1,000 seconds, the published errors of
+# Hessian-free, both ENGD and both KFAC are lower. Our L-BFGS with the scaled loss ends,
+# after 20 seconds, at 1.6 times the error of their L-BFGS; their SGD got much further
+# than our momentum. (Machines, points and settings differ.)
 #
 # Where they do not win
 # ---------------------

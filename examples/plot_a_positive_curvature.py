@@ -301,9 +301,9 @@ for name, extension, dense in ("Hessian", HMP(), H), ("GGN", GGNMP(), G):
     assert error < 1e-12
 
 # %%
-# How does BackPACK compute the PCH? The output has the relative differences of BackPACK's PCH and
-# of the GGN from two matrices: the definition above (δ once), and a variant that multiplies by
-# :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`.
+# How does BackPACK compute the PCH? Take the definition above, and a variant that multiplies by
+# :math:`\delta` twice, :math:`\sigma''(a) \odot \delta \odot \delta`. How far is BackPACK's PCH
+# from each of the two, and how far is the GGN?
 
 for modify in ("abs", "clip"):
     residual = RESIDUALS[f"PCH, {modify}"]

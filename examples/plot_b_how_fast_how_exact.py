@@ -206,12 +206,12 @@ for kappa in (10, 100, 1000):
 # :math:`\pi^2`, of degree 6), and so on.
 #
 # Three matrices have eigenvalues that are spread evenly, that lie in three clusters of width 1, or
-# that are three single values. (To show CG's polynomial between the clusters as well, the next cell
-# adds unknowns with eigenvalues on a grid, and with entries of ``b`` too small to change the
-# solve.)
+# that are three single values:
 
 clusters = torch.tensor([20.0, 300.0, 1000.0]).double()
 clustered = (clusters[:, None] + torch.linspace(-0.5, 0.5, 100)).flatten()
+# To show CG's polynomial between the clusters: unknowns with eigenvalues on a
+# grid, and with entries of b too small to change the solve.
 grid = torch.linspace(0, 1050, 200).double()
 weights = torch.cat([0 * clustered + 1, 0 * grid + 1e-9])
 both = torch.cat([clustered, grid])
@@ -399,15 +399,15 @@ _ = describe(
 
 # %%
 # After 60 products, the thin line, the residual is not small in either format. Later, :math:`b - A
-# x_k` stops at a floor, while the residual of the recurrence goes on falling. Above one hundredth,
-# the two residuals agree to one percent: a solve with the tolerance 0.1, as in training, may trust
-# the recurrence.
+# x_k` stops at a floor, while the residual of the recurrence goes on falling. While the residuals
+# are above 0.01, the two agree to one percent: a solve with the tolerance 0.1, as in training, may
+# trust the recurrence.
 #
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`. `Greenbaum (1997)
 # <https://doi.org/10.1137/S0895479895284944>`__ bounds the floor by a multiple of the largest such
-# change. In units of the precision times :math:`\lVert b \rVert`, the floor is far below this
-# change:
+# change. Here are the floor and this change, in units of the precision times :math:`\lVert b
+# \rVert`:
 
 for kappa, steps in ((1e3, 400), (1e6, 2000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)

@@ -340,13 +340,13 @@ assert ((length[0.01] - 1).abs() < 0.05).all()
 # The last layer alone
 # --------------------
 #
-# The last layer has nine tenths of :math:`\lVert b \rVert^2`. But with a
-# tolerance of 0.1, its part of the step is an eighth as long as the exact part.
-# Do the other layers cause this? Solve the last layer's system alone, from three
-# seeds. The output has the length of the step and the decrease of the quadratic
-# model, relative to the exact step; and the curvature :math:`p^\top A p / p^\top
-# p` along the gradient, and along the missing part, the exact step minus the step
-# of CG:
+# The linear layers have large shares of :math:`\lVert b \rVert^2`. But with a
+# tolerance of 0.1, their parts of the step are short, too: the last layer's part
+# is an eighth as long as the exact part. Do the other layers cause this? Solve
+# the last layer's system alone, from three seeds. The output has the length of
+# the step and the decrease of the quadratic model, relative to the exact step;
+# and the curvature :math:`p^\top A p / p^\top p` along the gradient, and along
+# the missing part, the exact step minus the step of CG:
 
 SEEDS = range(3)
 for seed in SEEDS:
