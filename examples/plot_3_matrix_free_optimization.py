@@ -226,7 +226,8 @@ print(f"largest difference between the losses: {gap:g}")
 # - checks before any parameter moves: an error names the parameter and the
 #   remedy;
 # - weight decay, a `bound on the length of the step
-#   <../guides/choosing.html>`__, ``max_length``, and warm starts;
+#   <../guides/choosing.html>`__, ``max_length``, and warm starts, solves that
+#   begin at the last step;
 # - a `report on each solve <../guides/diagnostics.html>`__;
 # - training in `several processes <plot_6_several_processes.html>`__;
 # - Newton steps for some layers, `beside another optimizer's steps

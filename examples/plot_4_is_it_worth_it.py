@@ -101,7 +101,8 @@ _ = describe(
 
 # %%
 # The table has medians over the five seeds: seconds, and then steps, to each accuracy.
-# "Never" means that most runs did not get there.
+# (Accuracy is tested after certain steps only, so that some numbers are equal.) "Never"
+# means that most runs did not get there.
 
 
 def typical(goal, contender, unit="seconds"):
@@ -321,8 +322,8 @@ for row in found["beside Muon"]:
 
 # %%
 # There, the direction matters little: gradient steps as long as Newton's take less than
-# a fifth more steps. At the rate :math:`\gamma/\lambda`, here 60, the run takes 1.5 and
-# 1.7 times as many steps.
+# a fifth more steps. At the rate :math:`\gamma/\lambda`, which is 60 at the settings of
+# CGN + Muon, the run takes 1.5 and 1.7 times as many steps.
 
 # Check it, seed by seed.
 newton, as_long, flat = (

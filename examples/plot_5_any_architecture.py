@@ -111,7 +111,8 @@ for label, model in attempts.items():
 # :math:`H_L` of the loss :math:`\ell(z)`. A backward pass multiplies an incoming
 # vector by the transpose of a Jacobian. Two backward passes per batch, and two for
 # each product :math:`G p = J^\top (H_L (J p))`, are enough. In the figure, each
-# arrow is a pass, with the incoming vector at the tail and the result at the head:
+# arrow is a pass. The vector that comes in is named at the tail of the arrow, and
+# the result at the head:
 
 # Draw the passes as arrows between parameters, outputs and loss.
 import matplotlib.pyplot as plt
@@ -163,10 +164,10 @@ _ = describe(
 #
 # **For each product** (orange). The vector :math:`J^\top u` is linear in :math:`u`.
 # So the pass from :math:`J^\top u` back to :math:`u` multiplies by the transpose of
-# :math:`J^\top`: the pass turns :math:`p` into :math:`J p`. The gradient
-# :math:`g_z` has the Jacobian :math:`H_L J` with respect to the parameters. So the
-# pass from :math:`g_z` to the parameters multiplies :math:`J p` by :math:`(H_L
-# J)^\top = J^\top H_L`, and gives :math:`G p`.
+# :math:`J^\top`: the pass turns :math:`p` into :math:`J p`. The Jacobian of
+# :math:`g_z` with respect to the parameters is :math:`H_L J`. So the pass from
+# :math:`g_z` to the parameters multiplies by the transpose, :math:`J^\top H_L`: the
+# pass turns :math:`J p` into :math:`J^\top H_L J p = G p`.
 #
 # In code, for a block of one parameter tensor :math:`x`:
 
@@ -399,8 +400,8 @@ _ = describe(
 
 # %%
 # A product of the first convolution takes many times as long as a product of the
-# last layer. (If the matrix fits in memory, see `page C
-# <plot_c_dense_or_not.html>`__.)
+# last layer. For small networks, `page C <plot_c_dense_or_not.html>`__ compares
+# products with the stored matrix.
 #
 # Blocks: parameter, layer, network
 # ---------------------------------

@@ -406,8 +406,8 @@ _ = describe(
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`. `Greenbaum (1997)
 # <https://doi.org/10.1137/S0895479895284944>`__ bounds the floor by a multiple of the largest such
-# change. Here are the floor and this change, in units of the precision times :math:`\lVert b
-# \rVert`:
+# change. In two examples, the floor is far lower than this change. (Units: the precision times
+# :math:`\lVert b \rVert`.)
 
 for kappa, steps in ((1e3, 400), (1e6, 2000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)

@@ -13,9 +13,8 @@ Here, :math:`C = J^\top H_L\, J` is the `generalized Gauss-Newton matrix
 <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) of a whole network, or
 of its layers.
 
-*About 10 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
-"""
+*About 12 minutes to read, and two to run.* To run this page, `install the package
+<../index.html#run-it-yourself>`__."""
 
 # %%
 # Until the matrix no longer fits
@@ -344,9 +343,10 @@ assert ((length[0.01] - 1).abs() < 0.05).all()
 # tolerance of 0.1, their parts of the step are short, too: the last layer's part
 # is an eighth as long as the exact part. Do the other layers cause this? Solve
 # the last layer's system alone, from three seeds. The output has the length of
-# the step and the decrease of the quadratic model, relative to the exact step;
-# and the curvature :math:`p^\top A p / p^\top p` along the gradient, and along
-# the missing part, the exact step minus the step of CG:
+# the step and the decrease of the quadratic model, both relative to the exact
+# step. The *missing part* is the exact step minus the step of CG. The output also
+# has the curvature :math:`p^\top A p / p^\top p`, along the gradient and along
+# the missing part:
 
 SEEDS = range(3)
 for seed in SEEDS:
