@@ -227,7 +227,7 @@ print(f"largest difference between the losses: {gap:g}")
 #   remedy;
 # - weight decay, a `bound on the length of the step
 #   <../guides/choosing.html>`__, ``max_length``, and warm starts, solves that
-#   begin at the last step;
+#   begin near the last step;
 # - a `report on each solve <../guides/diagnostics.html>`__;
 # - training in `several processes <plot_6_several_processes.html>`__;
 # - Newton steps for some layers, `beside another optimizer's steps

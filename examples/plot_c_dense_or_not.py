@@ -14,7 +14,8 @@ Here, :math:`C = J^\top H_L\, J` is the `generalized Gauss-Newton matrix
 of its layers.
 
 *About 12 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__."""
+<../index.html#run-it-yourself>`__.
+"""
 
 # %%
 # Until the matrix no longer fits
