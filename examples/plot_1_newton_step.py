@@ -564,8 +564,8 @@ for name, matrix in (("Hessian", H), ("GGN", G)):
     assert (matrix.abs() == matrix.abs().max()).nonzero().min() >= edges[4]
 
 # %%
-# A block-diagonal curvature drops about half of the squared norm. The Hessian has stripes that the
-# GGN lacks: the stripes are part of the residual.
+# Here, a block-diagonal curvature drops about half of the squared norm. The Hessian has stripes
+# that the GGN lacks: the stripes are part of the residual.
 #
 # Products without matrices
 # -------------------------

@@ -205,10 +205,10 @@ _ = explorable(fig, "paths", settings)
 
 # %%
 # From a start on an axis of the ellipses, one step is enough: :math:`r` points
-# at the solution. Gradient descent is slowest if the start's distance to the
-# solution along the long axis is :math:`\kappa` times that along the short
-# axis. From there, each step multiplies the distance by :math:`(\kappa - 1) /
-# (\kappa + 1)`. CG takes at most two steps, from any start, for any
+# at the solution. Gradient descent is slowest from a start that is
+# :math:`\kappa` times as far from the solution along the long axis as along the
+# short axis. From there, each step multiplies the distance by :math:`(\kappa -
+# 1) / (\kappa + 1)`. CG takes at most two steps, from any start, for any
 # :math:`\kappa`.
 #
 # CG makes each direction conjugate to the last direction only. Is this enough
@@ -365,18 +365,18 @@ torch.testing.assert_close(path, descend(A_12, b_12, n, conjugate=True))
 # ----------------------
 #
 # Let :math:`\kappa` be the condition number of :math:`A`, the largest
-# eigenvalue over the smallest. To divide the error by 1000, CG takes at most
-# about
+# eigenvalue over the smallest. To divide the error by 1000, in the norm of page
+# B, CG takes at most about
 #
 # .. math:: \tfrac{1}{2} \sqrt{\kappa} \ln 2000
 #
 # steps; for gradient descent, the bound is :math:`\tfrac{1}{2} \kappa \ln
-# 1000`. `Page B <plot_b_how_fast_how_exact.html>`__ proves both bounds.
+# 1000`. `Page B <plot_b_how_fast_how_exact.html>`__ derives both bounds.
 #
 # Damping lowers :math:`\kappa`: if the eigenvalues of the curvature lie between
-# 0 and :math:`\mu_1`, then :math:`\kappa \le 1 + \mu_1 / \lambda`. So a tenth
-# of the damping makes the bound about :math:`\sqrt{10} \approx 3` times as
-# large.
+# 0 and :math:`\mu_1`, then :math:`\kappa \le 1 + \mu_1 / \lambda`. So if
+# :math:`\lambda` is far below :math:`\mu_1`, a tenth of the damping makes the
+# bound about :math:`\sqrt{10} \approx 3` times as large.
 #
 # How many products does CG take for a network? Take the `GGN
 # <plot_1_newton_step.html#generalized-gauss-newton>`__ of the network of page
@@ -463,9 +463,9 @@ _ = describe(
 # When to stop
 # ------------
 #
-# The quadratic model is only local, so an exact solution is not worth its price
-# (`Dembo, Eisenstat and Steihaug, 1982 <https://doi.org/10.1137/0719025>`__).
-# ``cg`` ends as soon as
+# The quadratic model is only local, and far from the minimum, an exact solution
+# is rarely worth its price (`Dembo, Eisenstat and Steihaug, 1982
+# <https://doi.org/10.1137/0719025>`__). ``cg`` ends as soon as
 #
 # .. math::
 #
@@ -673,7 +673,7 @@ _ = describe(
 # Both solves take the same steps until the first direction of negative
 # curvature. There, the stopped solve ends. Plain CG steps to the maximum along
 # this direction, and the model value jumps up. Plain CG takes several times as
-# many products, and ends at a saddle point of the model, here higher than the
+# many products, and ends near a saddle point of the model, here higher than the
 # start.
 #
 # The stopped step is not safe, either: the model promises a decrease larger

@@ -99,7 +99,7 @@ for label, model in attempts.items():
         raise AssertionError("BackPACK takes this model by now")
 
 # %%
-# BackPACK has no rule for batch normalisation over images, nor for an addition.
+# ``GGNMP`` has no rule for batch normalisation over images, nor for an addition.
 # Automatic differentiation needs no such rules.
 #
 # Products by automatic differentiation
@@ -294,9 +294,10 @@ asymmetry = check_products(products, positive=True)
 print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 
 # %%
-# The difference is the rounding of single precision. But a symmetric product may
-# still be wrong. With ``evaluate``, a function that computes loss and outputs
-# again, ``check_products`` also compares the products with central differences.
+# A difference of this size is rounding, in single precision. But a symmetric
+# product may still be wrong. With ``evaluate``, a function that computes loss and
+# outputs again, ``check_products`` also compares the products with central
+# differences.
 #
 # This test has found an error: PyTorch's own second derivative of ``weight_norm``
 # is wrong. So ``Hessian`` refuses a layer with ``weight_norm``. The products of
@@ -407,7 +408,7 @@ _ = describe(
 # ---------------------------------
 #
 # Larger blocks keep more of the matrix, here the GGN of a network with 113
-# parameters in three layers:
+# parameters in three layers (darker: larger entries):
 
 # Draw the GGN of a small network three times, and outline the blocks.
 from matplotlib.colors import LogNorm
@@ -542,8 +543,9 @@ _ = describe(
 #   fewer products.
 # - The whole network does not train in 16 steps. With equal products, the whole
 #   network trains, in many more steps and in more time.
-# - At a tolerance of 0.01, blocks per layer train, and `some runs of the other
-#   blocks blow up <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__.
+# - At a tolerance of 0.01, as `page C
+#   <plot_c_dense_or_not.html#does-a-tighter-solve-train-better>`__ shows, blocks
+#   per layer train, and some runs of the other blocks blow up.
 
 # Check these points, seed by seed.
 for label in ("parameter", "layer"):
@@ -667,8 +669,9 @@ _ = describe(
 )
 
 # %%
-# Both networks train, with one new line in the loop. Other optimizers may train
-# these networks faster: no race was held.
+# Both networks train, with one new line in the loop, the transformer within
+# ``sdpa_kernel``. Other optimizers may train these networks faster: no race was
+# held.
 #
 # Which product to choose
 # -----------------------

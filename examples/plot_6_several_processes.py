@@ -113,10 +113,10 @@ assert difference(mean_v, v) > 1
 # --------------------
 #
 # **BatchNorm** in training mode normalises by the statistics of one shard.
-# **Dropout** draws a different mask in every process. If the loss is a **sum**
-# over the samples, then the average over :math:`P` processes is a :math:`P`-th of
-# the whole sum. How far are the averaged products from the products of the whole
-# batch?
+# **Dropout** draws other masks, as one process would from another seed. If the
+# loss is a **sum** over the samples, then the average over :math:`P` processes is
+# a :math:`P`-th of the whole sum. How far are the averaged products from the
+# products of the whole batch?
 
 # Compare averaged products with those of the whole batch.
 
@@ -342,8 +342,8 @@ assert two[-1] < 1
 #
 # Each product costs an all-reduce. Let a step have :math:`k` all-reduces, and
 # take :math:`T` seconds in one process. An all-reduce among :math:`P` processes
-# in a ring takes :math:`2 (P - 1)` rounds, and a round takes the latency
-# :math:`\alpha`. Then a step takes about
+# in a ring takes :math:`2 (P - 1)` rounds, and a round of a short message takes
+# the latency :math:`\alpha`. Then a step takes about
 #
 # .. math::
 #

@@ -10,16 +10,16 @@ sixth, Adam followed by L-BFGS. (The better of two variants of ``CGNOptimizer`` 
 A dense self-scaled Broyden method (SSBroyden), which neither torch nor SciPy has, is
 ahead of ``CGNOptimizer`` on four problems, and behind on two.
 
-This page fits a function, solves a differential equation, and races nine methods. Every
-step of ``CGNOptimizer`` solves
+This page fits a function, solves a differential equation, and races nine methods. On
+this page, every step of ``CGNOptimizer`` solves
 
 .. math::
 
    (J^\top J + \lambda I)\, v = -J^\top r .
 
-Here :math:`r` are the residuals, :math:`J` is their Jacobian with respect to the
-parameters, and :math:`\lambda` is the damping. You can read this page without the
-others.
+Here :math:`r` are the residuals, each divided by the root of their number, :math:`J` is
+the Jacobian of :math:`r` with respect to the parameters, and :math:`\lambda` is the
+damping. You can read this page without the others.
 
 *About 20 minutes to read, and two to run.* To run this page, `install the package
 <../index.html#run-it-yourself>`__.
@@ -30,8 +30,9 @@ others.
 # -------------------------------
 #
 # Fit :math:`\sin(10x) / (10x)` with a network of 301 parameters, from 400 samples. The
-# loss is half the mean of the squared residuals. ``JacobianGGN`` takes a function that
-# computes the residual of *one* sample, and computes all rows of :math:`J`:
+# loss is :math:`\tfrac12 \|r\|^2`, half the mean of the squared residuals.
+# ``JacobianGGN`` takes a function that computes the residual of *one* sample, and
+# computes all rows of :math:`J`:
 
 import torch
 from torch import nn
@@ -403,16 +404,16 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 # The race
 # --------
 #
-# Each contender, and so each variant of CGN, had six random settings. The best setting
-# was chosen for the longer races of the `full tables <../least_squares.html>`__, on a
-# seed that does not race. Here, this setting races for 1.5 seconds of processor time,
-# from three other seeds.
+# Each contender, and so each variant of CGN, has the best of six random settings, tuned
+# on another seed for the longer races of the `full tables <../least_squares.html>`__.
+# Here, a run has 1.5 seconds of processor time.
 #
 # - ``least_squares`` is SciPy's, and takes second-order steps with the stored
 #   :math:`J`.
 # - ``L-BFGS`` is torch's, which learns nothing from a step if the inner product of the
-#   step and the change of the gradient is below :math:`10^{-10}`. Small losses lead to
-#   such products. So the loss is multiplied by a large number, the scale.
+#   step and the change of the gradient is below :math:`10^{-10}`. As the loss falls,
+#   this inner product falls, too. So the loss is multiplied by a large number, the
+#   scale.
 # - ``BFGS`` is SciPy's, with a dense matrix.
 # - ``SSBroyden``, self-scaled Broyden after Al-Baali (1998), is a relative of BFGS, and
 #   also has a dense matrix.
@@ -476,10 +477,10 @@ assert ours < min(behind.values())
 assert ours < min(finals["Adam"], finals["Momentum"]) / 20
 
 # %%
-# The `full races <../least_squares.html>`__ take 10 to 40 seconds. The table has the
-# error of the better variant of CGN, and the errors of rivals as multiples of this
-# error: of ``least_squares``, of the best other method of torch and SciPy, and of
-# SSBroyden.
+# The `full races <../least_squares.html>`__ take 10 to 40 seconds, from three or five
+# seeds. In the table of medians, "CGN" is the error of the better variant of CGN. The
+# last three columns are errors of rivals, divided by CGN's error: ``least_squares``,
+# the best other method of torch and SciPy, and SSBroyden.
 
 # Print the errors of the full races, as multiples of CGN's.
 from cgn_tutorial.pages.pinn import load_races
@@ -519,9 +520,10 @@ for problem, found in recorded.items():
     assert nystrom < exact / 2 if large else exact < nystrom
 
 # %%
-# With 257 parameters, Adam has over 10,000 times the error of CGN. With 1,185 or more
-# parameters, ``Nystrom`` ends lower than ``cholesky``; with fewer parameters,
-# ``cholesky`` does.
+# (In the last row, the best of torch and SciPy is among the others. So the largest gap
+# to the best is 15.) With 257 parameters, Adam has over 10,000 times the error of CGN.
+# With 1,185 or more parameters, ``Nystrom`` ends lower than ``cholesky``; with fewer
+# parameters, ``cholesky`` does, on the fit by little.
 #
 # A published comparison
 # ----------------------
@@ -552,8 +554,8 @@ print(f"here, CGN: {ours:.1e} after {SECONDS:.1f} s")
 # Where they do not win
 # ---------------------
 #
-# - **Noise.** If the data contain noise, a more exact fit is of no use. Here is each
-#   run's smallest error at any time, the median of three seeds:
+# - **Noise.** With noise in the data, the lead is gone. Here is each run's smallest
+#   error at any time, at the settings of the race above, the median of three seeds:
 
 # Fit noisy data.
 from cgn_tutorial.pages import pinn

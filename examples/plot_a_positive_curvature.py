@@ -419,7 +419,7 @@ assert 0 > low_trained > 0.1 * low
 # Damping moves every eigenvalue :math:`\mu` to :math:`\mu + \lambda`. The next figure shows the
 # sizes of the eigenvalues at initialisation, from the largest eigenvalue to the smallest (negative
 # ones as crosses), and as a dashed line the positive eigenvalues after damping with :math:`\lambda
-# = 10^{-3}`.
+# = 10^{-3}`. Sizes below :math:`10^{-7}` are drawn as :math:`10^{-7}`.
 
 # Draw the eigenvalues with and without damping.
 fig, axes = plt.subplots(2, 2, figsize=(5, 4.4), sharex=True, sharey=True)

@@ -3,7 +3,7 @@ B. How fast, how exact
 ======================
 
 How many products do conjugate gradients (CG) take to a given accuracy, and how exact can the
-solution be? This page proves the bound of `page 2 <plot_2_conjugate_gradients.html>`__, shows for
+solution be? This page derives the bounds of `page 2 <plot_2_conjugate_gradients.html>`__, shows for
 which matrices CG is faster than the bound, and follows CG into rounding. Here :math:`A` is
 symmetric positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is the
 iterate after :math:`k` steps, and :math:`e_k = x_k - x` is the error.
@@ -210,8 +210,8 @@ for kappa in (10, 100, 1000):
 
 clusters = torch.tensor([20.0, 300.0, 1000.0]).double()
 clustered = (clusters[:, None] + torch.linspace(-0.5, 0.5, 100)).flatten()
-# To show CG's polynomial between the clusters: unknowns with eigenvalues on a
-# grid, and with entries of b too small to change the solve.
+# Unknowns with eigenvalues on a grid show CG's polynomial between the clusters.
+# Their entries of b are too small to change the solve.
 grid = torch.linspace(0, 1050, 200).double()
 weights = torch.cat([0 * clustered + 1, 0 * grid + 1e-9])
 both = torch.cat([clustered, grid])
@@ -400,8 +400,8 @@ _ = describe(
 # %%
 # After 60 products, the thin line, the residual is not small in either format. Later, :math:`b - A
 # x_k` stops at a floor, while the residual of the recurrence goes on falling. While the residuals
-# are above 0.01, the two agree to one percent: a solve with the tolerance 0.1, as in training, may
-# trust the recurrence.
+# are above 0.01, the two agree to one percent. The tolerance of training, 0.1, is far from the
+# floor.
 #
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`. `Greenbaum (1997)

@@ -191,8 +191,9 @@ def test_layers_without_curvature_take_gradient_steps():
         assert move.norm() < 5 * g.norm()
 
 
-def test_a_gradient_step_may_keep_the_length_of_the_newton_step():
-    options = NEWTON | {"maxiter": 20, "tol": 1e-3}
+@pytest.mark.parametrize("max_length", [math.inf, 0.05])
+def test_a_gradient_step_may_keep_the_length_of_the_newton_step(max_length):
+    options = NEWTON | {"maxiter": 20, "tol": 1e-3, "max_length": max_length}
     newton = Run(Setting("CGN", options), 0)
     control = Run(Setting("CGN", options | {"without_curvature": (2,), "keep_length": True}), 0)
     moves = []
@@ -209,6 +210,12 @@ def test_a_gradient_step_may_keep_the_length_of_the_newton_step():
             torch.testing.assert_close(a, b)
     lengths = [torch.cat([v.flatten() for v in move[4:6]]).norm().item() for move in moves]
     assert lengths[0] == pytest.approx(lengths[1], rel=1e-3)
+    if max_length < math.inf:  # the bound shortens this step
+        free = Run(Setting("CGN", options | {"max_length": math.inf}), 0)
+        before = weights(free)
+        free.step()
+        pairs = zip(weights(free)[4:6], before[4:6], strict=True)
+        assert lengths[0] < 0.9 * torch.cat([(p - x).flatten() for p, x in pairs]).norm()
 
 
 def test_budgets_may_differ_from_block_to_block():

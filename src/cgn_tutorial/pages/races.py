@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import LBFGS, SGD, Adam, Optimizer, RMSprop
 
-from cgn_tutorial import GGN, Block, CGNOptimizer, cg, layers
+from cgn_tutorial import GGN, Block, CGNOptimizer, layers
 from cgn_tutorial.pages.data import load_mnist
 from cgn_tutorial.pages.models import make_mlp, make_model
 from cgn_tutorial.pages.training import accuracy, default_device
@@ -149,8 +150,8 @@ def _newton(
 
     With `muon_lr`, Muon moves the matrices of the others, and Adam their biases. Each block may
     have its own `maxiter`. The blocks with numbers in `without_curvature`, counted from 0, take
-    gradient steps: v = −g / λ, or, to `keep_length`, −g times the number that makes v as long as
-    the Newton step.
+    gradient steps: those of C = 0, or, to `keep_length`, steps as long as the Newton steps in their
+    place, after `max_length`.
     """
     curvature = GGN(layers(model)[-last if last else None :])
     budgets = [maxiter] * len(curvature.blocks) if isinstance(maxiter, int) else maxiter
@@ -172,36 +173,41 @@ def _newton(
         outputs = model(inputs)
         loss = loss_function(outputs, targets)
         curvature.backward(loss, outputs)
-        for i, block in enumerate(newton.blocks()):
-            if i in without_curvature:
-                multiple = _Multiple(block.parameters, _stiffness(block) if keep_length else 0.0)
+        turned = [block for i, block in enumerate(newton.blocks()) if i in without_curvature]
+        starts = [[p.detach().clone() for p in block.parameters] for block in turned]
+        if not keep_length:
+            for block in turned:
+                flat = _Flat(block.parameters)
                 for p in block.parameters:
-                    setattr(p, curvature.savefield, multiple)
+                    setattr(p, curvature.savefield, flat)
         for optimizer in optimizers:
             optimizer.step()
+        if keep_length:
+            for block, start in zip(turned, starts, strict=True):
+                _turn_downhill(block, start)
         return loss, outputs
 
     return Way(optimizers, step)
 
 
 @dataclass(frozen=True)
-class _Multiple:
-    """The product over a block with C = cI."""
+class _Flat:
+    """The product over a block without curvature, C = 0."""
 
     parameters: Sequence[Tensor]
-    c: float
 
     def __call__(self, v: Tensor) -> Tensor:
-        return self.c * v
+        return torch.zeros_like(v)
 
 
-def _stiffness(block: Block) -> float:
-    """The c for which (cI + λI) v = −g has a solution as long as the block's Newton step."""
-    group = block.groups[0]
-    g = block.gather(lambda p, _: torch.zeros_like(p) if p.grad is None else p.grad)
-    options = {name: group[name] for name in ("maxiter", "tol", "atol")}
-    v, _ = cg(lambda v: block(v[None])[0] + group["damping"] * v, -g, **options)
-    return float(g.norm() / v.norm()) - float(group["damping"])
+@torch.no_grad()
+def _turn_downhill(block: Block, start: Sequence[Tensor]) -> None:
+    """Turn a block's move from its start to the negative gradient, and keep the move's length."""
+    moves = [p - x for p, x in zip(block.parameters, start, strict=True)]
+    gradients = [p.grad for p in block.parameters if p.grad is not None]
+    scale = get_total_norm(moves) / get_total_norm(gradients)
+    for p, x in zip(block.parameters, start, strict=True):
+        p.copy_(x if p.grad is None else x - scale * p.grad)
 
 
 #: Each method makes a `Way` from a model, a loss function and options. "CGN" takes Newton steps
