@@ -331,9 +331,9 @@ for n_parameters in network, 10**9:
 
 # %%
 # The package's ``cg`` takes the same steps, for a matrix given as a function.
-# The option ``M`` is a `preconditioner
-# <plot_b_how_fast_how_exact.html#preconditioning>`__; without this option,
-# ``z`` is the residual ``r``.
+# Here is its loop. (``M`` is an optional `preconditioner
+# <plot_b_how_fast_how_exact.html#preconditioning>`__. Without ``M``, ``z`` is
+# equal to ``r``.)
 
 import inspect
 import math

@@ -296,8 +296,8 @@ print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 # %%
 # A difference of this size is rounding, in single precision. But a symmetric
 # product may still be wrong. With ``evaluate``, a function that computes loss and
-# outputs again, ``check_products`` also compares the products with central
-# differences.
+# outputs again, ``check_products`` also compares the products with products by
+# central differences.
 #
 # This test has found an error: PyTorch's own second derivative of ``weight_norm``
 # is wrong. So ``Hessian`` refuses a layer with ``weight_norm``. The products of

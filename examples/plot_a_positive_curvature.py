@@ -250,7 +250,7 @@ for i, (name, shape, matrix) in enumerate(met):
         words += f"weight\n{n * k} × {n * k}"
         ax.text(center, -0.95, words, ha="center", va="top")
     edge = center - half
-ax.set(xlim=(-6.0, 0.6), ylim=(-2.7, 0.8), aspect="equal")
+ax.set(xlim=(-6.35, 0.6), ylim=(-2.7, 0.8), aspect="equal")
 ax.set_axis_off()
 _ = describe(
     fig,

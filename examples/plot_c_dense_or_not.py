@@ -327,9 +327,9 @@ _ = describe(
 # convolutions have moved: their parts of the step are less than a hundredth as
 # long as the exact parts. With a tolerance of 0.01, the second convolution's
 # share is too large to be left. So CG goes on, and all four parts come out within
-# a few percent, even the first convolution's, whose share might be left. If each
-# layer is a block with a system of its own, then a tolerance of 0.1 brings each
-# layer's residual to a tenth of its own gradient.
+# a few percent, even the first convolution's, although its share is small enough
+# to be left. If each layer is a block with a system of its own, then a tolerance
+# of 0.1 brings each layer's residual to a tenth of its own gradient.
 
 # Check shares and lengths.
 assert share[3] > 0.8 and share[:2].sum() < 0.1**2 / 2
