@@ -132,9 +132,10 @@ assert sum(p.numel() for p in model.parameters()) == 21_840
 # %%
 # BackPACK multiplies by the `block diagonal
 # <plot_1_newton_step.html#block-diagonal>`__ of the curvature: each parameter
-# tensor has a linear system of its own. BackPACK leaves a function on each
-# parameter, ``ggnmp``, which multiplies by the parameter's block. The optimizer
-# defines the product, solves and moves:
+# tensor has a linear system of its own. For a model and a loss that were given
+# to ``extend``, BackPACK leaves a function on each parameter, ``ggnmp``, which
+# multiplies by the parameter's block. The optimizer defines the product, solves
+# and moves:
 
 
 class NewtonCG(torch.optim.Optimizer):

@@ -2,9 +2,10 @@ r"""
 5. Any architecture
 ===================
 
-BackPACK needs a rule for each module of a network. This page computes curvature
-products by automatic differentiation alone, for any model and loss that PyTorch can
-differentiate twice. The optimizer stays as it is, and each step still solves
+The library BackPACK needs a rule for each module of a network. This page computes
+curvature products by automatic differentiation alone, for any model and loss that
+PyTorch can differentiate twice. The optimizer stays as it is, and each step still
+solves
 
 .. math::
 
@@ -299,9 +300,9 @@ print(f"largest |uᵀCv − vᵀCu|, relative: {asymmetry:.0e}")
 # outputs again, ``check_products`` also compares the products with products by
 # central differences.
 #
-# This test has found an error: PyTorch's own second derivative of ``weight_norm``
-# is wrong. So ``Hessian`` refuses a layer with ``weight_norm``. The products of
-# ``GGN`` pass the test:
+# The comparison with central differences has found an error: PyTorch's own second
+# derivative of ``weight_norm`` is wrong. So ``Hessian`` refuses a layer with
+# ``weight_norm``. The products of ``GGN`` pass the test:
 
 # Try Hessian and GGN on a layer with weight_norm.
 normed = nn.utils.parametrizations.weight_norm(nn.Linear(784, 16))

@@ -265,10 +265,10 @@ _ = describe(
 # -------------------
 #
 # Page 3 takes its products from `BackPACK <https://openreview.net/forum?id=BJlrF24twB>`__. An
-# *extension* chooses the curvature. In the backward pass through modules that ``extend`` made
-# known, BackPACK leaves a function on each parameter ``p``, ``getattr(p, extension.savefield)``,
-# which multiplies the parameter's block by V vectors at once. The products with all unit vectors
-# are the columns of the block.
+# *extension* chooses the curvature. BackPACK follows the backward pass through all modules that
+# were given to ``extend``. On each parameter ``p``, BackPACK leaves a function, ``getattr(p,
+# extension.savefield)``, which multiplies the parameter's block by V vectors at once. The products
+# with all unit vectors are the columns of the block.
 
 import copy
 import warnings

@@ -406,13 +406,13 @@ _ = describe(
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`. `Greenbaum (1997)
 # <https://doi.org/10.1137/S0895479895284944>`__ bounds the floor by a multiple of the largest of
-# these numbers. In two examples, the floor is far lower. (Both are in units of the precision times
-# :math:`\lVert b \rVert`.)
+# these changes, over all steps :math:`k`. In two examples, the floor is far lower than this largest
+# change. (Both are in units of the precision times :math:`\lVert b \rVert`.)
 
 for kappa, steps in ((1e3, 400), (1e6, 2000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)
     floor = true.min() / torch.finfo(torch.float64).eps
-    print(f"κ = {kappa:.0e}: floor {floor:2.0f}, largest number {largest:.0e}")
+    print(f"κ = {kappa:.0e}: floor {floor:2.0f}, largest change {largest:.0e}")
     assert 1 < floor < largest / 10
 
 # %%
