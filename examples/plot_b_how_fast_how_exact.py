@@ -480,6 +480,7 @@ assert ends[0] > 1.3 * ends[1]
 # Apart from rounding, SciPy's ``cg`` and ours take the same steps, here with the damped GGN of the
 # network of page 3:
 
+# Solve with both, and compare the iterates.
 import numpy as np
 from torch.nn.utils import parameters_to_vector
 
