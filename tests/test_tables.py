@@ -91,9 +91,7 @@ def chosen(network, contender, goal):
 
 def page_settings():
     """The settings on page 4, from the cell that defines them."""
-    (cell,) = re.findall(
-        r"^LAST = .+?(?=^SEEDS)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+    (cell,) = re.findall(r"^LAST = .+?(?=^# %%)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     names = {"Setting": Setting}
     exec(cell, names)
     return {
