@@ -2,10 +2,10 @@ r"""
 5. Any architecture
 ===================
 
-The library BackPACK needs a rule for each module of a network. This page computes
-curvature products by automatic differentiation alone, for any model and loss that
-PyTorch can differentiate twice. The optimizer stays as it is, and each step still
-solves
+How does a network with any modules train with curvature? The library BackPACK needs
+a rule for each module. This page computes curvature products by automatic
+differentiation alone, for any model and loss that PyTorch can differentiate twice.
+The optimizer stays as it is, and each step still solves
 
 .. math::
 
