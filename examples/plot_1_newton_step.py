@@ -15,8 +15,8 @@ step, :math:`\lambda` the damping and :math:`\gamma` the step size. This page bu
 from one dimension up, chooses the matrix :math:`C` for a neural network, and multiplies by
 :math:`C` without storing it.
 
-*About 25 minutes to read, and one to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the package, as the
+`front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%

@@ -16,8 +16,8 @@ curvature? The classic explanation is Shewchuk's `An Introduction to the
 Conjugate Gradient Method Without the Agonizing Pain (1994)
 <https://www.cs.cmu.edu/~quake-papers/painless-conjugate-gradient.pdf>`__.
 
-*About 25 minutes to read, and one to run.* To run this page, `install the
-package <../index.html#run-it-yourself>`__.
+*About 25 minutes to read, and one to run.* To run this page, ``pip install``
+the package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%

@@ -27,8 +27,8 @@ The experiment and the published numbers come from BackPACK's example
 MNIST example <https://github.com/pytorch/examples/tree/main/mnist>`__. Text and
 code here are our own.
 
-*About 25 minutes to read, and three to run.* To run this page, `install the
-package <../index.html#run-it-yourself>`__.
+*About 25 minutes to read, and three to run.* To run this page, ``pip install``
+the package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
@@ -590,8 +590,9 @@ assert torch.allclose(first_step[2], table, rtol=1e-3)
 # <plot_2_conjugate_gradients.html#negative-curvature>`__, plain CG steps to a
 # maximum of the model. By default, ``cg`` stops before this step, and returns a
 # direction downhill. Does the Hessian train with this rule? For three seeds,
-# the output has the mean of the last ten losses, with the GGN and with the
-# Hessian and the rule, and the lowest and highest loss of the Hessian's run.
+# the output has the mean of the last ten losses, first of the GGN and then of
+# the Hessian with this rule. The last two numbers are the lowest and the
+# highest loss of the Hessian's run.
 
 stopping = [by_autograd(Hessian, seed)[0] for seed in range(3)]
 with_ggn = [by_autograd(GGN, seed)[0] for seed in (1, 2)]

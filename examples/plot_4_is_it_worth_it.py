@@ -13,8 +13,8 @@ by the clock against tuned Adam, Muon and others: the results of the `full exper
 generalized Gauss-Newton matrix as :math:`C`. ``CGN + Adam`` and ``CGN + Muon`` take
 Newton steps in the last layer or layers, and Adam's or Muon's steps in the others.
 
-*About 15 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 15 minutes to read, and two to run.* To run this page, ``pip install`` the
+package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%

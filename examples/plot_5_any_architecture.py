@@ -15,8 +15,8 @@ by `conjugate gradients <plot_2_conjugate_gradients.html>`__ (CG). Two things
 change: the source of the products, and the parameters that share a system: a single
 tensor, a layer, or the whole network.
 
-*About 20 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
+package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%

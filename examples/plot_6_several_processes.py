@@ -13,8 +13,8 @@ the batch, and the processes average their gradients. A Newton step
 also needs the curvature :math:`C` of the whole batch, and each process knows its
 own part only. What must the processes exchange?
 
-*About 10 minutes to read, and one to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 10 minutes to read, and one to run.* To run this page, ``pip install`` the
+package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%

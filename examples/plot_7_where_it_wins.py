@@ -21,8 +21,8 @@ Here :math:`r` are the residuals, each divided by the root of their number, :mat
 the Jacobian of :math:`r` with respect to the parameters, and :math:`\lambda` is the
 damping. You can read this page without the others.
 
-*About 20 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 20 minutes to read, and two to run.* To run this page, ``pip install`` the
+package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
@@ -272,7 +272,7 @@ assert all((s < 1e-10 * s[0]).sum() > 20 for s in spectra.values())
 # dotted line, even if :math:`s_i` is tiny.
 #
 # How small must :math:`\lambda` become? Three trainings differ only in the lower bound
-# on :math:`\lambda`. From each of three seeds, the loss falls to less than a third from
+# on :math:`\lambda`. From each of three seeds, the loss falls at least threefold from
 # one bound to the next:
 
 # Train for 80 steps, with three bounds, from three seeds.
@@ -411,10 +411,10 @@ assert counts["Nyström, rank 50"] < counts["plain CG"] / 5
 #
 # - ``least_squares`` is SciPy's, and takes second-order steps with the stored
 #   :math:`J`.
-# - ``L-BFGS`` is torch's, which learns nothing from a step if the inner product of the
-#   step and the change of the gradient is below :math:`10^{-10}`. As the loss falls,
-#   this inner product falls, too. So the loss is multiplied by a large number, the
-#   scale.
+# - ``L-BFGS`` is torch's, with a loss that is multiplied by a large number, the scale.
+#   (Torch's L-BFGS learns nothing from a step if the inner product of the step and the
+#   change of the gradient is below :math:`10^{-10}`. As the loss falls, this inner
+#   product falls, too.)
 # - ``BFGS`` is SciPy's, with a dense matrix.
 # - ``SSBroyden``, self-scaled Broyden after Al-Baali (1998), is a relative of BFGS, and
 #   also has a dense matrix.

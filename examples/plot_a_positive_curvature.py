@@ -8,8 +8,8 @@ matrix (GGN) and a residual, :math:`H = G + R`. This page relates the GGN to the
 finds the part of the residual that each layer adds, and changes this part: the *positive-curvature
 Hessian* (PCH). At the end, the page compares the eigenvalues of four curvatures.
 
-*About 20 minutes to read, and one to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 20 minutes to read, and one to run.* To run this page, ``pip install`` the package, as the
+`front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%

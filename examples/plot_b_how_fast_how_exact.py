@@ -8,8 +8,8 @@ which matrices CG is faster than the bound, and follows CG into rounding. Here :
 symmetric positive definite, :math:`x` is the solution of :math:`A x = b`, :math:`x_k` is the
 iterate after :math:`k` steps, and :math:`e_k = x_k - x` is the error.
 
-*About 25 minutes to read, and one to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 25 minutes to read, and one to run.* To run this page, ``pip install`` the package, as the
+`front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
@@ -406,8 +406,8 @@ _ = describe(
 # How high is the floor? The rounding of :math:`x_k` changes :math:`b - A x_k` by up to the
 # precision times :math:`\lVert A \rVert \lVert x_k \rVert`. `Greenbaum (1997)
 # <https://doi.org/10.1137/S0895479895284944>`__ bounds the floor by a multiple of the largest of
-# these changes, over all steps :math:`k`. In two examples, the floor is far lower than this largest
-# change. (Both are in units of the precision times :math:`\lVert b \rVert`.)
+# these changes, over all steps :math:`k`. In two examples, the floor is far lower than the largest
+# change. (The unit of both numbers is the precision times :math:`\lVert b \rVert`.)
 
 for kappa, steps in ((1e3, 400), (1e6, 2000)):
     _, true, largest = two_residuals(torch.float64, kappa, steps)

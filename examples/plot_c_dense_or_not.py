@@ -13,8 +13,8 @@ Here, :math:`C = J^\top H_L\, J` is the `generalized Gauss-Newton matrix
 <plot_1_newton_step.html#generalized-gauss-newton>`__ (GGN) of a whole network, or
 of its layers.
 
-*About 12 minutes to read, and two to run.* To run this page, `install the package
-<../index.html#run-it-yourself>`__.
+*About 12 minutes to read, and two to run.* To run this page, ``pip install`` the
+package, as the `front page <../index.html#run-it-yourself>`__ says.
 """
 
 # %%
@@ -369,8 +369,9 @@ for seed in SEEDS:
 # %%
 # The other layers are not the cause. Along the missing part, the curvature is
 # hardly more than the damping of 0.001; along the gradient, above 1. The residual
-# is :math:`A` times the missing part, and so is small, although the missing part
-# is long. The step reaches most of the decrease all the same.
+# is :math:`A` times the missing part. So where the curvature is small, a long
+# missing part leaves a small residual. The step reaches most of the decrease all
+# the same.
 #
 # Does a tighter solve train better?
 # ----------------------------------
