@@ -267,9 +267,7 @@ end = start + gamma * torch.linalg.solve(C + lam * eye, -g)
 part = gamma * curvatures / (curvatures + lam)
 print(f"λ = {lam}: x₁ goes {part[0]:.0%} of its way, x₂ {part[1]:.0%}")
 assert torch.allclose(1 - end / start, part)
-assert torch.allclose(
-    curvatures / (curvatures + 4), torch.tensor([1 / 5, 5 / 6])
-)
+assert part[0] <= part[1]  # x₁ is the flat direction
 
 much = 1e4  # far above all eigenvalues: gradient descent
 v = torch.linalg.solve(C + much * eye, -g)

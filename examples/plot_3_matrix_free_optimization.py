@@ -303,11 +303,11 @@ for when, rows in tables.items():
 # %%
 # Before training, the first convolution's gradient is less than a hundredth of
 # the last layer's. The curvature of both convolutions is below the damping of
-# 0.01, and their steps are close to :math:`-g / \lambda`. All four steps point
-# roughly along :math:`-g`: the curvature acts much like a learning rate for
-# each layer. The first convolution's "learning rate", :math:`\lVert v \rVert /
-# \lVert g \rVert`, is over a hundred times the last layer's. After training,
-# the steps turn away from :math:`-g`.
+# 0.01, and their steps are not far from :math:`-g / \lambda`. All four steps
+# point roughly along :math:`-g`: the curvature acts much like a learning rate
+# for each layer. The first convolution's "learning rate", :math:`\lVert v
+# \rVert / \lVert g \rVert`, is over a hundred times the last layer's. After
+# training, the steps turn away from :math:`-g`.
 #
 # Does the network train because each layer's step has its own length? `Page 4
 # <plot_4_is_it_worth_it.html#what-does-the-work>`__ tests this.

@@ -301,6 +301,8 @@ for contender, parts in cost.items():
 
 # Check it.
 parts = {part: float(cost["CGN + Muon"][part]) for part in PARTS}
+batches = [s.batch_size for s in (ADAM, MUON, CGN, WITH_ADAM, WITH_MUON)]
+assert batches == [32, 64, 128, 64, 64]
 share = (parts["Products"] + parts["Rest of the solves"]) / parts["All"]
 assert 0.14 < share < 0.2
 ahead = {
@@ -369,6 +371,8 @@ newton, as_long, flat = (
     [int(row[f"Steps to {goal}"].split()[0]) for goal in ("90%", "95%")]
     for row in found["beside Muon"]
 )
+last = WITH_MUON.options
+assert abs(last["lr"] / last["damping"] - 60) < 1e-9
 for a, b, c in zip(newton, as_long, flat, strict=True):
     assert a < b < 1.2 * a and 1.45 * a < c < 1.75 * a
 ablation = found["ablation"]

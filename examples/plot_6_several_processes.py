@@ -331,11 +331,11 @@ assert two[-1] < 1
 #        train_parallel.py --checkpoint /shared/checkpoint.pt
 #
 # If a process dies, the other processes raise an error, and ``torchrun`` starts
-# all again, up to three times, from the checkpoint. (The first line makes the new
-# processes forget the address at which the old ones met.) If options or
-# parameters differ between processes, ``whole_batch`` raises an error in all of
-# them. The tests run several processes on CPUs, and one on a GPU; several GPUs
-# were not tested.
+# all again, up to three times, from the checkpoint. (The first line keeps the new
+# processes from looking for each other at the address of the old ones.) If
+# options or parameters differ between processes, ``whole_batch`` raises an error
+# in all of them. The tests run several processes on CPUs, and one on a GPU;
+# several GPUs were not tested.
 #
 # How many processes?
 # -------------------
